@@ -1,0 +1,1 @@
+"""Statistics, figures and the report, on any table of models; no torch, no ray."""

@@ -1,0 +1,1 @@
+"""flatmin: plan, train, measure and analyse many networks."""

@@ -1,0 +1,52 @@
+"""Errors for people: what was given, where, what is possible.
+
+    FlatminError
+    ├── RequestError       the request is wrong; the command line exits with 2 and no traceback
+    │   └── StudyError     all that is wrong with one study, collected
+    ├── ResultsError       a results directory cannot be used as asked
+    └── LeaseLost          another driver owns the results now; this process may not commit
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlatminError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class RequestError(FlatminError):
+    """The request is wrong: a name, a value or a path that cannot be used."""
+
+
+class StudyError(RequestError):
+    """Everything that is wrong with one study, one line per mistake."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ResultsError(RequestError):
+    """A results directory is missing, of another study, of an older schema, or cannot be written."""
+
+
+class LeaseLost(FlatminError):
+    """Another driver took the results over, so this process must not write them."""
+
+
+def nearest(given: str, valid: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?`, or the list of valid names when none is close.
+
+    >>> nearest("samm", ["sam", "sgd"])
+    " Did you mean 'sam'?"
+    >>> nearest("zzz", ["sam", "sgd"])
+    ' Valid: sam, sgd.'
+    """
+    names = sorted(valid)
+    close = difflib.get_close_matches(given, names, n=1)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Valid: {', '.join(names)}." if names else ""
