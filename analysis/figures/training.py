@@ -1,0 +1,165 @@
+"""Training and test curves over epochs: one mean line per value of a setting."""
+
+from __future__ import annotations
+
+import html
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from flatmin.analysis import frames
+from flatmin.analysis.figures import theme
+
+MOST_LINES = 8
+MOST_EPOCHS = 80
+
+_PANELS = ("train_error", "test_error", "train_loss", "test_loss")
+_COLUMNS = ["axis", "value", "quantity", "epoch", "mean", "n"]
+
+
+def data(
+    epochs: pd.DataFrame,
+    models: pd.DataFrame,
+    *,
+    axis: str | None = None,
+    most_epochs: int = MOST_EPOCHS,
+) -> pd.DataFrame:
+    """Average errors and losses over the models of each value of a setting, epoch by epoch.
+
+    A model that stops early is frozen, so it keeps its last value; else a line would jump when models leave
+    it.
+
+    Args:
+        epochs: Rows of the `epochs/` table.
+        models: Rows of the `models/` table; only those whose training came to an end are used.
+        axis: The setting that makes the lines, of at most `MOST_LINES` evenly spread values. None: one line.
+        most_epochs: Epochs to keep: half of them evenly, half evenly on a logarithmic scale.
+
+    Returns:
+        One row per (quantity, value of the setting, epoch) with `mean` over `n` models. `quantity` is
+        `train_error`, `test_error` (fractions), `train_loss`, `test_loss` (nats); those never recorded are
+        missing.
+
+    Raises:
+        RequestError: A column is missing or not numeric.
+    """
+    frames.check_columns(epochs, ["model_id", "epoch"], role="epochs table")
+    frames.check_columns(models, ["model_id", *([axis] if axis else [])], role="figure")
+    table = models[frames.kept(models)]
+    value = frames.hashable(table[axis]) if axis else pd.Series("all models", index=table.index)
+    keys = [key for key in ("model_id", "trial_id") if key in epochs.columns and key in table.columns]
+    owners = table[keys].assign(value=value)
+    if axis:
+        owners = owners[owners["value"].isin(frames.spread(frames.ordered(table[axis]), MOST_LINES))]
+    rows = epochs.merge(owners, on=keys)
+    if rows.empty:
+        return pd.DataFrame(columns=_COLUMNS)
+    sampled = _sample(rows, _thin(rows["epoch"], most_epochs))
+    quantities = _quantities(sampled)
+    wide = sampled[["value", "epoch"]].assign(**quantities)
+    long = wide.melt(["value", "epoch"], list(quantities), "quantity", "amount").dropna(subset=["amount"])
+    out = (
+        long.groupby(["quantity", "value", "epoch"], dropna=False)["amount"]
+        .agg(["mean", "count"])
+        .reset_index()
+    )
+    return out.rename(columns={"count": "n"}).assign(axis=axis)[_COLUMNS]
+
+
+def _thin(epochs: pd.Series, most: int) -> list[int]:
+    distinct = np.sort(epochs.dropna().unique())
+    if len(distinct) <= most:
+        return [int(epoch) for epoch in distinct]
+    even = np.linspace(0, len(distinct) - 1, most // 2)
+    early = np.geomspace(1, len(distinct), most - most // 2) - 1
+    return [int(epoch) for epoch in distinct[np.unique(np.concatenate([even, early]).round().astype(int))]]
+
+
+def _sample(rows: pd.DataFrame, shown: list[int]) -> pd.DataFrame:
+    """The last evaluation of every model at or before every shown epoch."""
+    owners = rows[["model_id", "value"]].drop_duplicates("model_id")
+    grid = pd.DataFrame({"epoch": shown}).merge(owners, how="cross").astype({"epoch": "int64"})
+    known = rows.drop(columns=["value"]).astype({"epoch": "int64"}).sort_values("epoch", kind="stable")
+    return pd.merge_asof(grid.sort_values("epoch", kind="stable"), known, on="epoch", by="model_id")
+
+
+def _quantities(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    out = {}
+    for quantity in _PANELS:
+        part, kind = quantity.split("_")
+        column = f"{part}_acc" if kind == "error" else quantity
+        if column in rows.columns:
+            values = frames.numeric(rows, column, role="figure")
+            out[quantity] = 1 - values if kind == "error" else values
+    return out
+
+
+def draw(data: pd.DataFrame) -> go.Figure:
+    """Draw training on the left and test on the right, errors above losses.
+
+    Args:
+        data: What `data` returned, with at least one row.
+
+    Returns:
+        The figure; buttons switch the epoch axis between linear and logarithmic.
+    """
+    present = [name for name in _PANELS if name in set(data["quantity"])]
+    rows = -(-len(present) // 2)
+    figure = make_subplots(
+        rows=rows,
+        cols=min(2, len(present)),
+        shared_xaxes=True,
+        horizontal_spacing=0.09,
+        vertical_spacing=0.1,
+        subplot_titles=[theme.title(name) for name in present],
+    )
+    values = frames.ordered(data["value"])
+    colours = sample_colorscale(
+        theme.SCALE, [0.9 * rank / max(1, len(values) - 1) for rank in range(len(values))]
+    )
+    for place, name in enumerate(present):
+        part = data[data["quantity"] == name]
+        for rank, value in enumerate(values):
+            line = part[part["value"] == value] if value is not None else part[part["value"].isna()]
+            _line(figure, line, value, colours[rank], dash=theme.DASHES[rank % 6], panel=place)
+        scale = theme.scale_of(part["mean"]) if name.endswith("loss") else "linear"
+        ticks = theme.log_ticks(part["mean"]) if scale == "log" else {}
+        figure.update_yaxes(**ticks, row=place // 2 + 1, col=place % 2 + 1)
+    figure.update_xaxes(title_text="epoch", row=rows)
+    theme.layout(figure, height=170 + 260 * rows)
+    buttons = [
+        {"label": f"{scale} epochs", "method": "relayout", "args": [_epoch_axes(figure, scale)]}
+        for scale in ("linear", "log")
+    ]
+    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1}
+    figure.update_layout(updatemenus=[menu | {"yanchor": "bottom", "pad": {"b": 70}}], margin_t=140)
+    return figure
+
+
+def _epoch_axes(figure: go.Figure, scale: str) -> dict[str, str]:
+    return {f"{name}.type": scale for name in figure.layout.to_plotly_json() if name.startswith("xaxis")}
+
+
+def _line(
+    figure: go.Figure, line: pd.DataFrame, value: object, colour: str, *, dash: str, panel: int
+) -> None:
+    if line.empty:
+        return
+    axis = line["axis"].iloc[0]
+    shown = theme.format_value(value)
+    figure.add_scatter(
+        x=line["epoch"],
+        y=line["mean"],
+        name=html.escape(f"{axis} {shown}" if isinstance(axis, str) else shown),
+        legendgroup=str(value),
+        showlegend=panel == 0,
+        mode="lines",
+        line={"color": colour, "width": 1.8, "dash": dash},
+        customdata=line["n"],
+        hovertemplate="epoch %{x}: %{y:.4g} (n = %{customdata})",
+        row=panel // 2 + 1,
+        col=panel % 2 + 1,
+    )

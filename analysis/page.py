@@ -1,0 +1,134 @@
+"""Pieces of a self-contained HTML page: escaped text, tables, embedded data, and the file itself."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from flatmin.analysis import frames
+
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
+    "img-src data: blob:; worker-src blob:; base-uri 'none'; form-action 'none'"
+)
+"""The browser itself refuses any request: only what is in the file runs. WebGL points need `unsafe-eval`."""
+
+
+def text(value: object) -> str:
+    """Return a value as HTML text: numbers short, null as a dash, everything escaped.
+
+    >>> text("<b>"), text(None), text(0.123456)
+    ('&lt;b&gt;', '–', '0.1235')
+    """
+    if frames.is_null(value):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{text(key)}: {text(item)}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(text(item) for item in value)
+    return html.escape(str(value))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, kind: str = "") -> str:
+    """Return an HTML table; the first column heads its row.
+
+    Args:
+        header: Column names.
+        rows: Values, escaped here.
+        kind: The CSS class.
+    """
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in header)
+    lines = []
+    for first, *rest in rows:
+        cells = "".join(f"<td>{text(value)}</td>" for value in rest)
+        lines.append(f'<tr><th scope="row">{text(first)}</th>{cells}</tr>')
+    body = "".join(lines)
+    whole = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{whole}</div>'
+
+
+def embed(name: str, payload: str) -> str:
+    """Return JSON as an inert element of the page.
+
+    Args:
+        name: The element's id, a plain word.
+        payload: JSON. Characters that could end the element are written as JSON escapes.
+    """
+    for character in "<>&\u2028\u2029":
+        payload = payload.replace(character, f"\\u{ord(character):04x}")
+    return f'<script type="application/json" id="{name}">{payload}</script>'
+
+
+def embed_frame(name: str, frame: pd.DataFrame) -> str:
+    """Return a table as `{columns: [...], data: [[...], ...]}` in an inert element.
+
+    Args:
+        name: The element's id, a plain word.
+        frame: Any table; null and NaN become null.
+    """
+    payload = {
+        "columns": [str(column) for column in frame.columns],
+        "data": [[_plain(value) for value in row] for row in frame.to_numpy(dtype=object)],
+    }
+    return embed(name, json.dumps(payload, separators=(",", ":"), allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    if not pd.api.types.is_scalar(value):
+        return str(value)
+    if frames.is_null(value):
+        return None
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) != float("inf") else str(value)
+    return value if isinstance(value, str | int | bool) else str(value)
+
+
+def document(title: str, body: str) -> str:
+    """Return a whole page with the style, plotly.js and the page's script inside.
+
+    Args:
+        title: Plain text, escaped here.
+        body: HTML.
+    """
+    folder = resources.files("flatmin.analysis")
+    style = folder.joinpath("report.css").read_text(encoding="utf-8")
+    script = folder.joinpath("report.js").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(title)}</title>\n<style>\n{style}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
+        f"<body>\n{body}\n<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: Where; its directory is made.
+        content: Text, written as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        # a temporary file is private to its maker; a report is meant to be passed on
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

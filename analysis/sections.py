@@ -1,0 +1,217 @@
+"""The report's figures: which ones fit the data, each with its caption, and a reason for each left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from flatmin.analysis import frames, peak
+from flatmin.analysis.correlation import Correlations
+from flatmin.analysis.figures import against_axis, correlations, scatter, theme, training
+
+MAIN_AXES = ("width", "label_noise", "data_noise")
+"""The settings that a study most likely is about, in this order."""
+
+FEWEST_VALUES = 5
+"""An axis with fewer values than this gives a table, not a curve."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure of the report.
+
+    Attributes:
+        name: A plain word: the figure's id and the name of its download.
+        heading: What the figure is, in a few words.
+        caption: What is averaged over what, what the band is, what to look for.
+        figure: The picture.
+        data: The numbers in it.
+        findings: What the numbers say, a sentence per line of the figure; may be empty.
+    """
+
+    name: str
+    heading: str
+    caption: str
+    figure: go.Figure
+    data: pd.DataFrame
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Left:
+    """A figure that does not fit the data.
+
+    Attributes:
+        heading: The figure that is not there.
+        reason: Why.
+    """
+
+    heading: str
+    reason: str
+
+
+def main_axis(models: pd.DataFrame) -> str | None:
+    """Choose the setting that the errors are drawn against.
+
+    Args:
+        models: Rows of the `models/` table.
+
+    Returns:
+        Width, label noise or data noise, else any numeric setting, with at least `FEWEST_VALUES` values;
+        None where there is none.
+    """
+    axes = frames.varying(models)
+    ranked = [axis for axis in MAIN_AXES if axis in axes] + [axis for axis in axes if axis not in MAIN_AXES]
+    for axis in ranked:
+        if pd.api.types.is_numeric_dtype(models[axis]) and models[axis].nunique() >= FEWEST_VALUES:
+            return axis
+    return None
+
+
+def line_axis(models: pd.DataFrame, main: str) -> str | None:
+    """Choose the setting that makes further lines in the figure against the main axis.
+
+    Args:
+        models: Rows of the `models/` table.
+        main: The setting on the x axis.
+    """
+    axes = [axis for axis in frames.varying(models) if axis != main]
+    named = ("label_noise", "data_noise", "optimizer", "network", "dataset")
+    for axis in [axis for axis in named if axis in axes]:
+        if models[axis].notna().all():
+            return axis
+    return None
+
+
+def figures(
+    models: pd.DataFrame,
+    epochs: pd.DataFrame,
+    sharpness: pd.DataFrame,
+    result: Correlations | None,
+    *,
+    target: str,
+) -> tuple[list[Section], list[Left]]:
+    """Make every figure that fits, in reading order.
+
+    Args:
+        models: Rows of the `models/` table.
+        epochs: Rows of the `epochs/` table; may be empty.
+        sharpness: Rows of the `sharpness/` table; may be empty.
+        result: The correlations, or None where there are none.
+        target: The column that measures are compared with.
+
+    Returns:
+        The figures, and those left out with the reason.
+    """
+    shown: list[Section] = []
+    left: list[Left] = []
+    makers: list[tuple[str, Callable[[], Section | str]]] = [
+        ("Errors and measures against the main setting", lambda: _against(models, sharpness)),
+        ("Measures against the gap", lambda: _scatter(models, sharpness, target)),
+        ("Rank correlation", lambda: _correlations(result)),
+        ("Training curves", lambda: _training(epochs, models)),
+    ]
+    for heading, make in makers:
+        made = make()
+        if isinstance(made, Section):
+            shown.append(made)
+        else:
+            left.append(Left(heading, made))
+    return shown, left
+
+
+def _filter(models: pd.DataFrame) -> str:
+    kept = int(frames.kept(models).sum())
+    rest = len(models) - kept
+    return f"Models converged or finished: n = {kept}" + (f"; {rest} diverged left out." if rest else ".")
+
+
+def _pooled(models: pd.DataFrame, used: tuple[str | None, ...]) -> str:
+    """What a mean is taken over: seeds, and every axis that is not drawn."""
+    others = [axis for axis in frames.varying(models) if axis not in used]
+    return "over seeds" + (f" and, pooled, over {', '.join(others)}" if others else "")
+
+
+def _some_of(models: pd.DataFrame, axis: str | None, most: int) -> str:
+    """Say that a figure shows a part of an axis, where it does."""
+    count = len(frames.ordered(models[axis])) if axis else 0
+    return f" Of {count} values of {axis}, {most} are drawn." if count > most else ""
+
+
+def _against(models: pd.DataFrame, sharpness: pd.DataFrame) -> Section | str:
+    axis = main_axis(models)
+    if axis is None:
+        return f"no numeric setting has {FEWEST_VALUES} values or more."
+    by = line_axis(models, axis)
+    data = against_axis.data(models, sharpness, axis=axis, by=by)
+    if data.empty:
+        return "no model that counts has a test result."
+    error = data[data["quantity"].isin(["test_error", "test_loss"])]
+    findings = []
+    for value, curve in error.groupby("by_value", dropna=False, sort=False):
+        said = peak.sentence(curve)
+        findings.append(f"{by} {theme.format_value(value)}: {said}" if by and said else said)
+    caption = (
+        f"{_filter(models)} Lines: mean {_pooled(models, (axis, by))}. Bands: lowest to highest model. Look "
+        "for a second descent of the test error beyond the point where the training error reaches zero, and "
+        "for whether the measures turn there too."
+    )
+    caption += _some_of(models, by, against_axis.MOST_LINES)
+    heading = f"Errors and measures against {axis}"
+    return Section(
+        "against-axis", heading, caption, against_axis.draw(data), data, tuple(filter(None, findings))
+    )
+
+
+def _scatter(models: pd.DataFrame, sharpness: pd.DataFrame, target: str) -> Section | str:
+    if sharpness.empty:
+        return "no measure was taken."
+    data = scatter.data(models, sharpness, target=target)
+    if data.empty:
+        return f"no model that counts has both a measure and {target}."
+    bars = (
+        "Horizontal bars: one standard error of the measure."
+        if data.groupby("measure").size().max() <= scatter.MOST_ERROR_BARS and data["stderr"].notna().any()
+        else "Standard errors are in the data, not drawn."
+    )
+    caption = (
+        f"{_filter(models)} One point per model, seeds not averaged; values at the last measured epoch. "
+        f"{bars} Look for a trend that holds within one colour too: a trend only between colours belongs to "
+        "the setting."
+    )
+    return Section("scatter", f"Measures against {target}", caption, scatter.draw(data), data)
+
+
+def _correlations(result: Correlations | None) -> Section | str:
+    if result is None:
+        return "there is nothing to correlate."
+    data = correlations.data(result)
+    axes = ", ".join(result.axes) or "none"
+    caption = (
+        f"Kendall τ-b of each measure with {result.target}, on seed means over configurations (axes: "
+        f"{axes}). Models converged or finished: n = {result.n}. Bars: 95 % percentile interval of a "
+        "bootstrap that resamples configurations. Look for intervals clear of zero. All configurations are "
+        "pooled, so a setting that moves both the measure and the gap shows as correlation."
+    )
+    return Section(
+        "correlations", f"Rank correlation with {result.target}", caption, correlations.draw(data), data
+    )
+
+
+def _training(epochs: pd.DataFrame, models: pd.DataFrame) -> Section | str:
+    if epochs.empty:
+        return "no epoch was recorded."
+    axes = frames.varying(models)
+    axis = main_axis(models) or (axes[0] if axes else None)
+    data = training.data(epochs, models, axis=axis)
+    if data.empty:
+        return "no model that counts has a recorded epoch."
+    caption = (
+        f"{_filter(models)} Lines: mean {_pooled(models, (axis,))}; no band. A model that stopped early "
+        f"keeps its last value.{_some_of(models, axis, training.MOST_LINES)} Look for a test error that "
+        "rises and falls again while the training error only falls."
+    )
+    return Section("training", "Training curves", caption, training.draw(data), data)

@@ -1,0 +1,44 @@
+"""Stochastic gradient descent with momentum and L2 weight decay, as in torch.optim.SGD.
+
+g <- g + weight_decay w;  v <- momentum v + g;  w <- w - lr v, or with Nesterov w <- w - lr (g + momentum v).
+Source: Sutskever et al. 2013, in the form without dampening whose first v is g.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from flatmin.optimizers.interface import Base, State
+from flatmin.settings import Setting
+
+
+def sgd(
+    *,
+    lr: Annotated[float, Setting(about="Learning rate.", gt=0, per_model=True)] = 0.1,
+    momentum: Annotated[float, Setting(about="Momentum.", ge=0, lt=1, per_model=True)] = 0.9,
+    weight_decay: Annotated[float, Setting(about="Weight decay coefficient.", ge=0, per_model=True)] = 0.0,
+    nesterov: Annotated[bool, Setting(about="Whether momentum looks ahead (Nesterov).")] = False,
+) -> Base:
+    """Stochastic gradient descent with momentum and L2 weight decay."""
+    return _SGD(lr, momentum, weight_decay, nesterov)
+
+
+@dataclass(frozen=True)
+class _SGD:
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+    def init(self, params: Tensor) -> State:
+        return {"velocity": torch.zeros_like(params)}
+
+    def update(self, params: Tensor, grad: Tensor, state: State, lr_factor: Tensor) -> tuple[Tensor, State]:
+        g = grad + self.weight_decay * params
+        v = self.momentum * state["velocity"] + g
+        direction = g + self.momentum * v if self.nesterov else v
+        return params - self.lr * lr_factor * direction, {"velocity": v}

@@ -1,0 +1,108 @@
+"""What of this machine works: one row per check, with the mend where something does not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        check: What.
+        ok: Whether it works.
+        found: What was found.
+        mend: What to do when it does not; empty when it does.
+    """
+
+    check: str
+    ok: bool
+    found: str
+    mend: str = ""
+
+
+def doctor() -> list[Check]:
+    """Look at the interpreter, the packages, Ray, the accelerator, the data and the disk."""
+    return [
+        _python(),
+        *(_package(name) for name in ("torch", "torchvision", "ray", "pyarrow", "duckdb", "plotly")),
+        _run("ray starts", _ray, "see the message; a firewall or a full /tmp are the usual causes"),
+        _run("gpu", _gpu, "install a driver that matches torch's CUDA, or go on with the CPU"),
+        _run("data: digits", _digits, "pip install --force-reinstall scikit-learn"),
+        _run("data folder", _data_folder, "set FLATMIN_DATA to a folder that can be written"),
+        _run("disk", _disk, "free some space: a study keeps the weights of its models"),
+    ]
+
+
+def _python() -> Check:
+    ok = sys.version_info >= (3, 11)
+    return Check("python", ok, sys.version.split()[0], "" if ok else "install Python 3.11 or newer")
+
+
+def _package(name: str) -> Check:
+    try:
+        importlib.import_module(name)
+        return Check(name, True, metadata.version(name))
+    except Exception as error:  # a broken binary package raises what it likes
+        return Check(name, False, f"{type(error).__name__}: {error}", f"pip install --upgrade --force-reinstall {name}")
+
+
+def _run(name: str, look: Callable[[], str], mend: str) -> Check:
+    try:
+        return Check(name, True, look())
+    except Exception as error:  # whatever is wrong is the finding
+        return Check(name, False, f"{type(error).__name__}: {error}", mend)
+
+
+def _ray() -> str:
+    import logging
+
+    import ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        return f"a private cluster, {ray.get(ray.remote(os.getpid).remote()) > 0 and 'one task run'}"
+    finally:
+        ray.shutdown()
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none; the CPU is used"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    torch.ones(8, device="cuda").sum().item()
+    return ", ".join(names)
+
+
+def _digits() -> str:
+    from flatmin.trainables.datasets.digits import digits
+
+    dataset = digits(Path())
+    return f"{len(dataset.train_x)} to train, {len(dataset.test_x)} to test"
+
+
+def _data_folder() -> str:
+    from flatmin.trainables.job import data_root
+
+    root = data_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=root):
+        return str(root)
+
+
+def _disk() -> str:
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < 1e9:
+        raise OSError(f"{free / 1e6:.0f} MB free here")
+    return f"{free / 1e9:.0f} GB free here"

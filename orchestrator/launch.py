@@ -1,0 +1,254 @@
+"""Launch: take the lease, write the plan, run what is missing, say what was done."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from flatmin.errors import RequestError, ResultsError
+from flatmin.lease import Lease
+from flatmin.orchestrator.estimate import estimate
+from flatmin.orchestrator.inline import run_inline
+from flatmin.orchestrator.plan import Missing, Plan, make_plan, missing
+from flatmin.orchestrator.progress import Display
+from flatmin.orchestrator.runner import RunOptions
+from flatmin.orchestrator.study import NAMES, Study, read_study
+from flatmin.plugins import program_arguments
+from flatmin.results import Results, now, write_atomically
+from flatmin.settings import digest
+from flatmin.trial import Execution, Job, Model, Trial
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How a study is launched.
+
+    Attributes:
+        run: What the runner needs.
+        inline: Run in this process, without Ray.
+        models_per_trial: The largest stack; the study's own choice when None.
+        checkpoint_seconds: Time between two checkpoints of a trial under way.
+    """
+
+    run: RunOptions = field(default_factory=RunOptions)
+    inline: bool = False
+    models_per_trial: int | Literal["auto"] | None = None
+    checkpoint_seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launch has left.
+
+    Attributes:
+        results: The results directory.
+        planned: Models of the plan.
+        trained: Models that this launch has trained.
+        measured: Models that this launch has measured from saved weights.
+        remaining: Models of the plan that are not there.
+        out_of_time: Whether the time budget ended it.
+    """
+
+    results: Results
+    planned: int
+    trained: int
+    measured: int
+    remaining: int
+    out_of_time: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0: all done; 1: some models failed; 3: the time budget is spent and models remain."""
+        if not self.remaining:
+            return 0
+        return 3 if self.out_of_time else 1
+
+
+def launch(
+    study: str,
+    results: str | Path,
+    overrides: Sequence[str] = (),
+    options: LaunchOptions | None = None,
+    console: Console | None = None,
+) -> Launched:
+    """Run a study, or whatever of it is missing.
+
+    Args:
+        study: A built-in study's name, or the path of a YAML file.
+        results: The results directory; made if it is not there.
+        overrides: `setting=value` or `setting=value,value`.
+        options: How to run it.
+        console: Where progress is shown; the standard error when None.
+
+    Raises:
+        RequestError: The study, the directory or the resources cannot be used as asked.
+        LeaseLost: Another driver took the directory over meanwhile.
+    """
+    options = options or LaunchOptions()
+    console = console or Console(stderr=True)
+    checked = read_study(study, overrides)
+    plan = make_plan(checked, options.models_per_trial)
+    with _disk_errors(results):
+        directory = Results.create(results, checked.name)
+        with Lease(directory, options.run.max_failures) as lease:
+            heal(directory, console)
+            write_plan(directory, plan, checked)
+            return _carry_out(directory, plan, options, console, lease)
+
+
+def measure_saved(
+    results: str | Path, measures: Sequence[str], options: LaunchOptions, console: Console
+) -> Launched:
+    """Compute measures of the models that are there, from their saved weights; train nothing.
+
+    Args:
+        results: The results directory of a study.
+        measures: Canonical measure labels.
+        options: How to run it.
+        console: Where progress is shown.
+
+    Raises:
+        RequestError: The directory cannot be used, or holds no trained model.
+        LeaseLost: Another driver took the directory over meanwhile.
+    """
+    with _disk_errors(results):
+        directory = Results.open(results)
+        with Lease(directory, options.run.max_failures) as lease:
+            heal(directory, console)
+            rows = directory.table("models").to_pylist()
+            if not rows:
+                raise ResultsError(f"'{results}' holds no trained model to measure")
+            trials: dict[str, list[Model]] = {}
+            for row in rows:
+                settings = {name: row[name] for name in setting_names(row)}
+                trials.setdefault(row["trial_id"], []).append(Model(row["model_id"], settings))
+            plan = Plan(
+                rows[0]["study"],
+                tuple(Trial(rows[0]["study"], tuple(models), tuple(measures)) for models in trials.values()),
+            )
+            return _carry_out(directory, plan, options, console, lease)
+
+
+def setting_names(row: Mapping[str, Any]) -> list[str]:
+    """Return which columns of a row of the `models` table are settings of that model."""
+    arguments = program_arguments({name: row[name] for name in NAMES})
+    return [name for name in row if name in arguments or name in NAMES]
+
+
+def _carry_out(
+    results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease
+) -> Launched:
+    before = what_is_missing(results, plan)
+    out_of_time = _run(results, before, options, console, lease, len(plan.models))
+    after = what_is_missing(results, plan)
+    left = sum(len(trial.models) for trial in after.train)
+    return Launched(
+        results=results,
+        planned=len(plan.models),
+        trained=sum(len(trial.models) for trial in before.train) - left,
+        measured=_distinct(before.measure) - _distinct(after.measure),
+        remaining=left + _distinct(after.measure),
+        out_of_time=out_of_time,
+    )
+
+
+def _distinct(trials: Sequence[Trial]) -> int:
+    return len({model.model_id for trial in trials for model in trial.models})
+
+
+def what_is_missing(results: Results, plan: Plan) -> Missing:
+    """Return what of a plan is not in a results directory."""
+    models = results.table("models").select(["model_id", "trial_id", "status"]).to_pylist()
+    sharpness = results.table("sharpness")
+    measured = zip(sharpness["model_id"].to_pylist(), sharpness["label"].to_pylist(), strict=True)
+    return missing(plan, models, measured)
+
+
+def write_plan(results: Results, plan: Plan, study: Study) -> None:
+    """Write the plan's models and the resolved study."""
+    planned_at = now()
+    rows = [
+        {"model_id": model.model_id, "study": plan.study, **model.settings, "planned_at": planned_at}
+        for model in plan.models
+    ]
+    name = digest([model.model_id for model in plan.models])
+    if not results.table_file("plan", name).exists():
+        results.write("plan", name, rows, study.arguments)
+    write_atomically(results.study_file, study.to_yaml().encode())
+
+
+def heal(results: Results, console: Console) -> None:
+    """Remove the files that cannot be read, so that what they held is made again.
+
+    A trial whose `epochs` are lost is trained again; lost `sharpness` is measured from the weights.
+    """
+    for table, file in results.unreadable():
+        console.print(f"[yellow]{file} cannot be read; what it held is made again", highlight=False)
+        results.remove(file)
+        if table == "epochs":
+            results.remove(results.table_file("models", file.stem))
+
+
+def _run(
+    results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int
+) -> bool:
+    trials = [*todo.train, *todo.measure]
+    if not trials:
+        return False
+    left = sum(len(trial.models) for trial in todo.train)
+    cost = estimate(trials)
+    check_space(results, cost.bytes)
+    order = sorted(range(len(trials)), key=lambda i: -(cost.seconds[i] or 0.0))  # the longest first: a short tail
+    threads = max(1, int(options.run.cpus_per_trial))
+    execution = Execution(threads=threads, checkpoint_seconds=options.checkpoint_seconds)
+    jobs = [Job(trials[i], str(results.path), lease.token, execution) for i in order]
+    with Display(console, planned, planned - left) as display:
+        if options.inline:
+            device = _inline_device(options.run)
+            jobs = [replace(job, execution=replace(execution, device=device)) for job in jobs]
+            return run_inline(results, jobs, options.run, display)
+        from flatmin.orchestrator.tune import run_on_ray  # ray is loaded when it is used
+
+        return run_on_ray(results, jobs, options.run, display, lease)
+
+
+def _inline_device(run: RunOptions) -> str:
+    import torch
+
+    if run.gpus_per_trial and not torch.cuda.is_available():
+        raise RequestError(f"--gpus-per-trial {run.gpus_per_trial:g}: torch sees no GPU here")
+    return "cuda" if run.gpus_per_trial != 0 and torch.cuda.is_available() else "cpu"
+
+
+def check_space(results: Results, needed: int | None) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        ResultsError: The estimate exceeds the free space.
+    """
+    free = shutil.disk_usage(results.path).free
+    if needed is not None and needed > free:
+        raise ResultsError(
+            f"'{results.path}' has {free / 1e6:.1f} MB free and this needs about {needed / 1e6:.1f} MB; "
+            "free some, or choose another --results directory"
+        )
+
+
+@contextmanager
+def _disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn a disk that will not be written into a message; what is committed stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}:
+            raise
+        raise ResultsError(
+            f"'{path}' cannot be written: {error.strerror}; what was finished is kept, launch again once that is mended"
+        ) from None

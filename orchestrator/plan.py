@@ -1,0 +1,114 @@
+"""The plan: a study's models, the stacks they form, and what of it is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flatmin.orchestrator.study import Study
+from flatmin.settings import Argument
+from flatmin.trial import Model, Trial
+
+LARGEST_AUTO_STACK = 32
+"""Models of one stack when `models_per_trial` is `auto`: enough to fill the arithmetic, few enough to lose little."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study asks for.
+
+    Attributes:
+        study: The study's name.
+        trials: The stacks of the whole study; a function of the study and `models_per_trial` alone.
+    """
+
+    study: str
+    trials: tuple[Trial, ...]
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """Every model, stack by stack."""
+        return tuple(model for trial in self.trials for model in trial.models)
+
+
+def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = None) -> Plan:
+    """Partition a study into stacks.
+
+    Models may share a stack when they agree in every setting that is not `per_model`. A group larger than
+    `models_per_trial` is cut into stacks of nearly equal size, in grid order.
+
+    Args:
+        study: The study.
+        models_per_trial: The largest stack; the study's own choice when None.
+    """
+    chosen = study.file.resources.models_per_trial if models_per_trial is None else models_per_trial
+    largest = LARGEST_AUTO_STACK if chosen == "auto" else chosen
+    groups: dict[tuple[Any, ...], list[Model]] = {}
+    for model in study.models:
+        groups.setdefault(program_key(model, study.arguments), []).append(model)
+    trials = [
+        Trial(study.name, tuple(members), study.measures)
+        for group in groups.values()
+        for members in _even_parts(group, largest)
+    ]
+    return Plan(study.name, tuple(trials))
+
+
+def program_key(model: Model, arguments: Mapping[str, Argument]) -> tuple[Any, ...]:
+    """Return what all models of one stack agree in."""
+    return tuple(
+        (name, value)
+        for name, value in model.settings.items()
+        if name not in arguments or not arguments[name].setting.per_model
+    )
+
+
+def _even_parts(models: Sequence[Model], largest: int) -> Iterable[Sequence[Model]]:
+    parts = math.ceil(len(models) / largest)
+    bounds = [round(part * len(models) / parts) for part in range(parts + 1)]
+    return [models[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What of a plan is still to be done.
+
+    Attributes:
+        train: Trials to train, their members the models that are not there.
+        measure: Trials of trained models to measure from saved weights, with the labels they lack.
+    """
+
+    train: tuple[Trial, ...]
+    measure: tuple[Trial, ...]
+
+
+def missing(plan: Plan, models: Iterable[Mapping[str, Any]], measured: Iterable[tuple[str, str]]) -> Missing:
+    """Return what of a plan is not in the results.
+
+    Args:
+        plan: The plan.
+        models: Rows of the `models` table with `model_id`, `trial_id` and `status`.
+        measured: The (model_id, label) pairs that have been computed.
+    """
+    rows = {row["model_id"]: row for row in models}
+    done = set(measured)
+    train: list[Trial] = []
+    lacking: dict[tuple[str, tuple[str, ...]], list[Model]] = {}
+    for trial in plan.trials:
+        left = tuple(model for model in trial.models if model.model_id not in rows)
+        if left:
+            train.append(Trial(trial.study, left, trial.measures))
+        for model in trial.models:
+            row = rows.get(model.model_id)
+            if row is None or row["status"] == "diverged":
+                continue
+            labels = tuple(label for label in trial.measures if (model.model_id, label) not in done)
+            if labels:
+                lacking.setdefault((row["trial_id"], labels), []).append(model)
+    measure = [
+        Trial(plan.study, tuple(members), labels, committed_as=trial_id)
+        for (trial_id, labels), members in lacking.items()
+    ]
+    return Missing(tuple(train), tuple(measure))

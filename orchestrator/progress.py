@@ -1,0 +1,110 @@
+"""The one display of a launch: models finished, rate, time left, failures; log lines when not a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from flatmin.trial import Job
+
+LOG_SECONDS = 30.0
+"""Time between two log lines when the output is not a terminal."""
+
+
+class Display:
+    """Shows how a launch goes, on the standard error.
+
+    Args:
+        console: Where to draw.
+        total: Models of the plan.
+        done: Models that were there before.
+        clock: Seconds that only go up.
+    """
+
+    def __init__(
+        self, console: Console, total: int, done: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console, self.total, self.before, self.clock = console, total, done, clock
+        self.ended: dict[str, int] = {}
+        self.failed_attempts = 0
+        self.failed_models = 0
+        self.started = self.logged = clock()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]models"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("models", total=total, completed=done, note="")
+
+    def __enter__(self) -> Display:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop drawing."""
+        self._bar.stop()
+
+    @property
+    def done(self) -> int:
+        """Models that have ended, those of earlier launches among them."""
+        return self.before + sum(self.ended.values())
+
+    def note(self) -> str:
+        """Return rate, time left and failures as one phrase."""
+        minutes = max(self.clock() - self.started, 1e-9) / 60
+        new = sum(self.ended.values())
+        parts = []
+        if new:
+            rate = new / minutes
+            parts.append(f"{rate:.1f} models/min, ETA {duration((self.total - self.done) / rate * 60)}")
+        if self.failed_attempts:
+            parts.append(f"{self.failed_attempts} failed attempts")
+        return ", ".join(parts)
+
+    def advanced(self, job: Job, ended: int) -> None:
+        """Take note that `ended` models of a job have ended so far."""
+        if not job.trial.committed_as:
+            self.ended[job.trial.trial_id] = ended
+        self._bar.update(self._task, completed=self.done, note=self.note())
+        if not self.console.is_terminal and self.clock() - self.logged >= LOG_SECONDS:
+            self.logged = self.clock()
+            self.console.print(f"{self.done} of {self.total} models, {self.note()}", highlight=False)
+
+    def finished(self, job: Job) -> None:
+        """Take note that a job is committed."""
+        self.advanced(job, len(job.trial.models))
+
+    def failed(self, job: Job, error: str, *, final: bool) -> None:
+        """Take note that an attempt failed."""
+        self.failed_attempts += 1
+        self.ended.pop(job.trial.trial_id, None)
+        fate = "gives up" if final else "will be tried again"
+        names = f"trial {job.trial.trial_id} ({len(job.trial.models)} models)"
+        self.console.print(f"[yellow]{names} {fate}: {error}", highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    >>> duration(42), duration(150), duration(7300)
+    ('42 s', '2 min 30 s', '2 h 2 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,31 @@
+"""`report` on a results directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from flatmin.analysis.report import report
+from flatmin.orchestrator.inspect import status
+from flatmin.results import Results
+
+
+def write_report(results: str | Path, path: str | Path) -> Path:
+    """Write the report of a results directory as one HTML file; return its path.
+
+    Raises:
+        RequestError: The directory cannot be used, or holds no trained model.
+    """
+    opened = Results.open(results)
+    study = yaml.safe_load(opened.study_file.read_text()) if opened.study_file.exists() else {}
+    counts = status(opened)
+    return report(
+        study=study,
+        models=opened.models(),
+        epochs=opened.epochs(),
+        sharpness=opened.sharpness(),
+        path=path,
+        planned=counts.planned,
+        failed=counts.failed,
+    )

@@ -1,0 +1,197 @@
+"""The Ray Tune runner: one Tune trial per job, workers reused, Tune's chatter kept off the terminal.
+
+What has been done is read from the results directory, never from Tune: a fit may end early (the memory
+monitor aborts it, say), and is then started again with what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import tune
+
+from flatmin.errors import RequestError
+from flatmin.lease import Lease
+from flatmin.orchestrator.runner import Monitor, RunOptions, error_line, record_failure, uncommitted
+from flatmin.results import Results
+from flatmin.trial import Job
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # five files per trial that nobody reads
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is ours to handle
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU sees none
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monitor: Monitor, lease: Lease) -> bool:
+    """Run jobs as Ray Tune trials; return whether the time budget was spent.
+
+    Raises:
+        RequestError: The cluster cannot be reached, or has not what one trial asks for.
+        LeaseLost: Another driver has taken the results over.
+    """
+    deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
+    with _cluster(options.address), _quiet(results):
+        resources = trial_resources(options, ray.cluster_resources())
+        device = "cuda" if resources["gpu"] > 0 else "cpu"
+        jobs = [replace(job, execution=replace(job.execution, device=device)) for job in jobs]
+        failures: Counter[str] = Counter()
+        left, stalled = list(jobs), 0
+        while left and stalled <= options.max_failures:
+            budget = None if deadline is None else deadline - time.monotonic()
+            if budget is not None and budget <= 0:
+                return True
+            _fit(left, resources, budget, options, _Watch(results, left, options, monitor, failures, lease))
+            before = len(left)
+            left = [job for job in uncommitted(results, left) if failures[job.trial.trial_id] <= options.max_failures]
+            stalled = 0 if len(left) < before else stalled + 1
+        return bool(left) and deadline is not None and time.monotonic() >= deadline
+
+
+def trial_resources(options: RunOptions, available: dict[str, float]) -> dict[str, float]:
+    """Return the resources of one trial.
+
+    Raises:
+        RequestError: The cluster has less than one trial asks for.
+    """
+    gpus = available.get("GPU", 0.0)
+    wanted = options.gpus_per_trial if options.gpus_per_trial is not None else min(1.0, gpus)
+    if wanted > gpus:
+        raise RequestError(f"--gpus-per-trial {wanted:g}: the cluster has {gpus:g} GPUs")
+    if options.cpus_per_trial > available.get("CPU", 0.0):
+        raise RequestError(f"--cpus-per-trial {options.cpus_per_trial:g}: the cluster has {available.get('CPU', 0):g} CPUs")
+    return {"cpu": options.cpus_per_trial, "gpu": wanted}
+
+
+def _fit(
+    jobs: Sequence[Job], resources: dict[str, float], budget: float | None, options: RunOptions, watch: _Watch
+) -> None:
+    from flatmin.trainables.tune_trainable import TuneTrainable
+
+    trainable = tune.with_resources(tune.with_parameters(TuneTrainable, jobs=list(jobs)), resources)
+    storage = tempfile.mkdtemp(prefix="flatmin-tune-")
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"job": tune.grid_search(list(range(len(jobs))))},
+        tune_config=tune.TuneConfig(reuse_actors=True, time_budget_s=budget),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=storage,
+            failure_config=tune.FailureConfig(max_failures=options.max_failures),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[watch],
+            verbose=0,
+        ),
+    )
+    try:
+        tuner.fit()
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        # Tune gives the whole fit up when one worker runs out of memory; what is missing is tried again.
+        logging.getLogger(__name__).warning("the fit ended early: %s", error)
+        watch.ended_early(error)
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    watch.raise_if_lost()
+
+
+class _Watch(tune.Callback):  # type: ignore[misc]
+    """Tells the monitor how trials go, and writes their failures down."""
+
+    def __init__(
+        self,
+        results: Results,
+        jobs: Sequence[Job],
+        options: RunOptions,
+        monitor: Monitor,
+        failures: Counter[str],
+        lease: Lease,
+    ) -> None:
+        self._results, self._jobs, self._options = results, jobs, options
+        self._monitor, self._failures, self._lease = monitor, failures, lease
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks for a restore, which is never done: the results directory is the state.
+        return {}
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        self._monitor.advanced(self._job(trial), int(result["models_ended"]))
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if trial.last_result.get(tune.result.DONE):
+            self._monitor.finished(self._job(trial))
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._failed(trial, final=False)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._failed(trial, final=True)
+
+    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
+        self.raise_if_lost()
+
+    def raise_if_lost(self) -> None:
+        self._lease.raise_if_lost()
+
+    def ended_early(self, error: BaseException) -> None:
+        for job in uncommitted(self._results, self._jobs):
+            self._failures[job.trial.trial_id] += 1
+            record_failure(self._results, job, error_line(error), "")
+
+    def _failed(self, trial: Any, *, final: bool) -> None:
+        job = self._job(trial)
+        error = trial.get_pickled_error() or trial.get_error()
+        cause = getattr(error, "cause", None) or error
+        self._failures[job.trial.trial_id] += 1
+        record_failure(self._results, job, error_line(cause), str(error))
+        self._monitor.failed(job, error_line(cause), final=final)
+
+    def _job(self, trial: Any) -> Job:
+        return self._jobs[trial.config["job"]]
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Join a cluster, or run a private one; leave it at the end."""
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    common = {"include_dashboard": False} if address is None else {}
+    if address is None:
+        common["num_cpus"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet(results: Results) -> Iterator[None]:
+    """Send what Tune prints to `logs/ray.log` of the results directory."""
+    log = results.path / "logs" / "ray.log"
+    log.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(log)
+    loggers = [logging.getLogger("ray"), logging.getLogger(__name__)]
+    before = [(logger, logger.propagate, list(logger.handlers)) for logger in loggers]
+    for logger in loggers:
+        logger.propagate, logger.handlers = False, [handler]
+    try:
+        with open(log, "a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        for logger, propagate, handlers in before:
+            logger.propagate, logger.handlers = propagate, handlers
+        handler.close()

@@ -1,0 +1,134 @@
+"""The lease: one driver owns a results directory, and only its workers may commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from flatmin.errors import LeaseLost, ResultsError
+from flatmin.results import Results, now, write_atomically
+
+HEARTBEAT_SECONDS = 5.0
+EXPIRY_SECONDS = 30.0
+"""A heartbeat older than this has stopped; another driver may take over."""
+
+
+@dataclass
+class Lease:
+    """The ownership of a results directory while a driver runs; a context manager.
+
+    Attributes:
+        results: The directory.
+        max_failures: How often a trial may fail in this launch; kept for `status`.
+        token: What this owner is known by.
+    """
+
+    results: Results
+    max_failures: int = 0
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    lost: bool = False
+
+    def __enter__(self) -> Lease:
+        """Take the lease.
+
+        Raises:
+            ResultsError: Another driver holds it and is alive.
+        """
+        held = read(self.results)
+        if held and alive(held):
+            age = time.time() - held["heartbeat"]
+            raise ResultsError(
+                f"'{self.results.path}' is in use by process {held['pid']} on {held['host']} since "
+                f"{held['started_at'][:19]} (last heartbeat {age:.0f} s ago); wait for it, or end it and launch again"
+            )
+        self._started_at = now().isoformat()
+        self._stop = threading.Event()
+        self._write(released=False)
+        check(self.results, self.token)
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the lease back, unless another driver has taken it."""
+        self._stop.set()
+        self._thread.join()
+        if not self.lost:
+            self._write(released=True)
+
+    def raise_if_lost(self) -> None:
+        """Raise when another driver has taken the lease.
+
+        Raises:
+            LeaseLost: It has.
+        """
+        if self.lost:
+            raise LeaseLost(f"another driver has taken '{self.results.path}' over; this one stops")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            held = read(self.results)
+            if held and held["token"] != self.token:
+                self.lost = True
+                return
+            try:
+                self._write(released=False)
+            except OSError:
+                continue  # a full disk is the trials' to report; the next beat tries again
+
+    def _write(self, *, released: bool) -> None:
+        content = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started_at": self._started_at,
+            "heartbeat": time.time(),
+            "max_failures": self.max_failures,
+            "released": released,
+        }
+        write_atomically(self.results.lease_file, json.dumps(content, indent=2).encode())
+
+
+def read(results: Results) -> Mapping[str, Any] | None:
+    """Return the newest lease, or None when there is none that can be read."""
+    try:
+        content: dict[str, Any] = json.loads(results.lease_file.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if {"token", "host", "pid", "started_at", "heartbeat", "released"} <= set(content) else None
+
+
+def alive(held: Mapping[str, Any]) -> bool:
+    """Whether the owner of a lease still runs, as far as can be told from here."""
+    if held["released"] or abs(time.time() - held["heartbeat"]) > EXPIRY_SECONDS:
+        return False
+    if held["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(held["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check(results: Results, token: str) -> None:
+    """Raise unless the lease is still this token's.
+
+    Raises:
+        LeaseLost: Another driver has taken the directory over.
+    """
+    held = read(results)
+    if held is None or held["token"] != token or held["released"]:
+        raise LeaseLost(f"'{results.path}' has another owner now; this process writes nothing more to it")

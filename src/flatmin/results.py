@@ -1,0 +1,260 @@
+"""Results: the one place that knows what lies where in a results directory, and that writes it.
+
+    plan/, models/, epochs/, sharpness/, spectra/, failures/    Parquet, one file per trial (or plan, or attempt)
+    checkpoints/<trial_id>.safetensors                          weights of a committed trial
+    checkpoints/<trial_id>.state                                a trial under way, to be gone on with
+    study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
+
+A file is written under a temporary name and renamed. `models/` is written last: that is the commit, and a
+row elsewhere counts only if its (model_id, trial_id) is in `models/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flatmin.errors import ResultsError
+from flatmin.settings import Argument
+from flatmin.tables import SCHEMA_VERSION, TABLES, schema, to_arrow
+
+
+class CorruptFileWarning(UserWarning):
+    """A file of a results directory cannot be read; it is left out."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results directory.
+
+    Attributes:
+        path: The directory.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Results:
+        """Open an existing results directory.
+
+        Raises:
+            ResultsError: It is missing, is not one, or has another schema.
+        """
+        results = cls(local(path))
+        if not results.path.is_dir():
+            raise ResultsError(f"there is no results directory '{path}'")
+        if not results.header_file.exists():
+            raise ResultsError(f"'{path}' is not a results directory: it has no results.json")
+        results.check_schema()
+        return results
+
+    @classmethod
+    def create(cls, path: str | Path, study: str) -> Results:
+        """Open the results directory of a study, or make it.
+
+        Raises:
+            ResultsError: It belongs to another study, has another schema, holds something else, or cannot
+                be written.
+        """
+        results = cls(local(path))
+        if results.header_file.exists():
+            header = results.check_schema()
+            if header["study"] != study:
+                raise ResultsError(
+                    f"'{path}' holds the study '{header['study']}', not '{study}'; choose another --results directory"
+                )
+        try:
+            results.path.mkdir(parents=True, exist_ok=True)
+            if not results.header_file.exists():
+                if any(entry.name != "lease.json" for entry in results.path.iterdir()):
+                    raise ResultsError(f"'{path}' is not empty and is not a results directory; choose another")
+                header = {"schema": SCHEMA_VERSION, "study": study, "created_at": now().isoformat()}
+                write_atomically(results.header_file, json.dumps(header, indent=2).encode())
+            results.clear_temporary()
+        except OSError as error:
+            raise ResultsError(f"'{path}' cannot be written: {error.strerror or error}") from None
+        return results
+
+    @property
+    def header_file(self) -> Path:
+        """Where the schema version and the study's name are kept."""
+        return self.path / "results.json"
+
+    @property
+    def lease_file(self) -> Path:
+        """Where the owner of the directory is kept."""
+        return self.path / "lease.json"
+
+    @property
+    def study_file(self) -> Path:
+        """Where the resolved study is kept."""
+        return self.path / "study.yaml"
+
+    def weights_file(self, trial_id: str) -> Path:
+        """Where a committed trial's weights are."""
+        return self.path / "checkpoints" / f"{trial_id}.safetensors"
+
+    def state_file(self, trial_id: str) -> Path:
+        """Where a trial under way keeps what it needs to go on."""
+        return self.path / "checkpoints" / f"{trial_id}.state"
+
+    def table_file(self, table: str, name: str) -> Path:
+        """Where one file of a table is."""
+        return self.path / table / f"{name}.parquet"
+
+    def check_schema(self) -> dict[str, Any]:
+        """Return the header.
+
+        Raises:
+            ResultsError: The header cannot be read, or its schema is another than this version's.
+        """
+        try:
+            header: dict[str, Any] = json.loads(self.header_file.read_text())
+            version = int(header["schema"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ResultsError(f"'{self.header_file}' cannot be read: {error}") from None
+        if version != SCHEMA_VERSION:
+            age = "an older" if version < SCHEMA_VERSION else "a newer"
+            raise ResultsError(
+                f"'{self.path}' was written with {age} schema ({version}; this version reads {SCHEMA_VERSION}); "
+                "choose another --results directory, or the version that wrote it"
+            )
+        return header
+
+    def write(
+        self,
+        table: str,
+        name: str,
+        rows: Iterable[Mapping[str, Any]],
+        arguments: Mapping[str, Argument] | None = None,
+    ) -> None:
+        """Write one file of a table, whole or not at all; a file of that name is replaced."""
+        content = to_arrow(rows, schema(table, arguments))
+        sink = pa.BufferOutputStream()
+        pq.write_table(content, sink)
+        write_atomically(self.table_file(table, name), sink.getvalue().to_pybytes())
+
+    def attempts(self, trial_id: str) -> int:
+        """Return how often a trial has failed."""
+        return sum(1 for _ in (self.path / "failures").glob(f"{trial_id}-*.parquet"))
+
+    def read(self, table: str) -> pa.Table:
+        """Return every readable row of a table, committed or not, unreadable files left out with a warning."""
+        parts, bad = self._scan(table)
+        for file, error in bad:
+            warnings.warn(f"{file} cannot be read and is left out: {error}", CorruptFileWarning, stacklevel=3)
+        if not parts:
+            return schema(table).empty_table()
+        return pa.concat_tables(parts.values(), promote_options="permissive")
+
+    def table(self, table: str) -> pa.Table:
+        """Return the rows of a table that count: those of committed models, each once."""
+        rows = self.read(table)
+        if table in {"plan", "models"}:
+            return _first_of_each(rows, ["model_id"])
+        if table == "failures":
+            return rows
+        committed = _joint_key(self.read("models"))
+        rows = rows.filter(pc.is_in(_joint_key(rows), value_set=committed))
+        return _first_of_each(rows, ["model_id", "epoch", "label"]) if table == "sharpness" else rows
+
+    def models(self) -> pd.DataFrame:
+        """Return the trained models, one row each."""
+        return self.table("models").to_pandas()
+
+    def epochs(self) -> pd.DataFrame:
+        """Return the evaluated epochs of the trained models."""
+        return self.table("epochs").to_pandas()
+
+    def sharpness(self) -> pd.DataFrame:
+        """Return the measures of the trained models."""
+        return self.table("sharpness").to_pandas()
+
+    def plan(self) -> pd.DataFrame:
+        """Return the planned models, one row each."""
+        return self.table("plan").to_pandas()
+
+    def failures(self) -> pd.DataFrame:
+        """Return the failed attempts."""
+        return self.table("failures").to_pandas()
+
+    def unreadable(self) -> list[tuple[str, Path]]:
+        """Return the table and path of every file that cannot be read."""
+        return [(table, file) for table in TABLES for file, _ in self._scan(table)[1]]
+
+    def remove(self, file: Path) -> None:
+        """Remove a file if it is there."""
+        file.unlink(missing_ok=True)
+
+    def clear_temporary(self) -> None:
+        """Remove what interrupted writes have left."""
+        for file in self.path.glob("**/.*.tmp"):
+            file.unlink(missing_ok=True)
+
+    def _scan(self, table: str) -> tuple[dict[Path, pa.Table], list[tuple[Path, Exception]]]:
+        good: dict[Path, pa.Table] = {}
+        bad: list[tuple[Path, Exception]] = []
+        for file in sorted((self.path / table).glob("*.parquet")):
+            try:
+                good[file] = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
+            except (pa.ArrowException, OSError) as error:
+                bad.append((file, error))
+        return good, bad
+
+
+def _first_of_each(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
+    numbered = rows.select(list(keys)).append_column("row", pa.array(range(len(rows)), pa.int64()))
+    first = numbered.group_by(list(keys), use_threads=False).aggregate([("row", "min")])["row_min"]
+    return rows.take(first)
+
+
+def _joint_key(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(rows["model_id"], rows["trial_id"], "/")
+
+
+def local(path: str | Path) -> Path:
+    """Return a results path.
+
+    Raises:
+        ResultsError: It is a URI of a kind that this version cannot use.
+    """
+    if "://" in str(path):
+        raise ResultsError(f"'{path}': results go to a directory that every node sees; this version writes no bucket")
+    return Path(path).expanduser().absolute()
+
+
+def write_atomically(file: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(UTC)

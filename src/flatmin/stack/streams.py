@@ -1,0 +1,156 @@
+"""Counter-based random streams: every number is a function of (seed, stream, step, index) alone.
+
+Nothing here, and nothing trained or measured through it, draws from a global generator. So a model's
+numbers do not depend on its neighbours in the stack, on its place, or on where a run was interrupted.
+The generator is SplitMix64 (Steele, Lea and Flood 2014): a counter times an odd constant, mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def stream_key(stream: str, *seeds: int) -> int:
+    """Return the 63-bit key of a stream.
+
+    >>> stream_key("order", 0) == stream_key("order", 0) != stream_key("order", 1)
+    True
+    """
+    text = "/".join([stream, *map(str, seeds)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def permutation(key: int, n: int) -> Tensor:
+    """Return a random order of `0 .. n - 1` on the CPU, int64 `[n]`."""
+    bits = _bits(torch.tensor(key), torch.arange(n))
+    return torch.sort(bits, stable=True).indices
+
+
+def uniform(key: Tensor | int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Return float64 numbers in [0, 1) of a shape, as the stream `key` has them."""
+    bits = _draw(key, shape, device)
+    return _shift(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def normal(key: Tensor | int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Return float64 standard normal numbers of a shape (Box and Muller 1958)."""
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    bits = _draw(key, (half,), device)
+    radius = torch.sqrt(-2.0 * torch.log((_shift(bits, 32).to(torch.float64) + 0.5) * 2.0**-32))
+    angle = (bits & 0xFFFFFFFF).to(torch.float64) * (2.0 * math.pi * 2.0**-32)
+    both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return both[:count].reshape(tuple(shape))
+
+
+def rademacher(key: Tensor | int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+    """Return float64 numbers of a shape, each -1 or 1 with equal probability."""
+    return _shift(_draw(key, shape, device), 63).to(torch.float64) * 2.0 - 1.0
+
+
+def _draw(key: Tensor | int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    if not isinstance(key, Tensor):
+        key = torch.tensor(key, dtype=torch.int64, device=device)
+    index = torch.arange(math.prod(shape), device=key.device)
+    return _bits(key, index).reshape(tuple(shape))
+
+
+def _bits(key: Tensor, index: Tensor) -> Tensor:
+    """Return 64 random bits for every index of a stream, as int64."""
+    return _mix(_mix(key) + (index + 1) * _GOLDEN)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX1
+    z = (z ^ _shift(z, 27)) * _MIX2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, places: int) -> Tensor:
+    """Shift right without carrying the sign along; int64 has no such operator."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
+
+
+def _wrapped(number: int) -> int:
+    """Return a Python integer as int64 arithmetic would hold it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+class Streams:
+    """The streams that K models draw from inside their forward passes.
+
+    Args:
+        keys: The key of each model, int64 `[K]`.
+        step: The step, so that each has numbers of its own.
+    """
+
+    def __init__(self, keys: Tensor, step: int = 0) -> None:
+        self.keys = _mix(keys + _wrapped((step + 1) * _MIX1))
+
+    def select(self, index: Tensor) -> Streams:
+        """Return the streams of some of the models."""
+        chosen = object.__new__(Streams)
+        chosen.keys = self.keys[index]
+        return chosen
+
+
+class _Dropout(TorchFunctionMode):
+    """Gives every dropout of a forward pass a mask from the model's own stream."""
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.key = key
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _DROPOUTS:
+            return func(*args, **kwargs)
+        return self._dropout(func, *args, **kwargs)
+
+    def _dropout(self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0:
+            return input
+        whole_channels = func is not torch.nn.functional.dropout
+        shape = [*input.shape[:2], *[1] * (input.dim() - 2)] if whole_channels else input.shape
+        self.calls += 1
+        keep = dropout_mask(self.key, self.calls, shape, p)
+        return input * keep.to(input.dtype) / (1.0 - p)
+
+
+_DROPOUTS = {
+    torch.nn.functional.dropout,
+    torch.nn.functional.dropout1d,
+    torch.nn.functional.dropout2d,
+    torch.nn.functional.dropout3d,
+}
+
+
+def dropout_mask(key: Tensor, call: int, shape: Sequence[int], p: float) -> Tensor:
+    """Return which elements the `call`-th dropout (from 1) of a forward pass keeps; bool of a shape.
+
+    Args:
+        key: The model's key for this step (an entry of `Streams.keys`).
+        call: The how-manieth dropout of the pass it is.
+        shape: The mask's shape.
+        p: The probability of dropping an element.
+    """
+    bits = _draw(_mix(key + _wrapped(call * _MIX2)), shape, key.device)
+    return _shift(bits, 11) >= int(p * 2**53)
+
+
+def dropout_from(key: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which `torch.nn.functional.dropout*` draw from a model's stream."""
+    return _Dropout(key)

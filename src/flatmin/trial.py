@@ -1,0 +1,83 @@
+"""A trial: what crosses from the plan to a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flatmin.settings import digest
+
+
+@dataclass(frozen=True)
+class Model:
+    """One network to be trained once.
+
+    Attributes:
+        model_id: 16 hex digits of a hash of the settings.
+        settings: Canonical settings by name, `dataset`, `network` and `optimizer` among them.
+    """
+
+    model_id: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """K models of one program, trained together and committed together.
+
+    Attributes:
+        study: The study's name.
+        models: The members of the stack, in stack order.
+        measures: Canonical measure labels to compute of every member.
+        committed_as: For models that are trained already: the trial that holds their weights and rows.
+    """
+
+    study: str
+    models: tuple[Model, ...]
+    measures: tuple[str, ...] = ()
+    committed_as: str | None = None
+
+    @property
+    def trial_id(self) -> str:
+        """16 hex digits of a hash of the members' ids, whatever their order."""
+        return self.committed_as or digest(sorted(model.model_id for model in self.models))
+
+    @property
+    def program(self) -> Mapping[str, Any]:
+        """The first member's settings; those that are not `per_model` hold for every member."""
+        return self.models[0].settings
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a trial is run; recorded in `models.execution`, never part of an id.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        threads: Threads of one trial on the CPU.
+        checkpoint_seconds: Time between two checkpoints of a trial under way.
+        vectorize: `auto`, `vmap` or `loop` (see `flatmin.stack.StackedNetwork`).
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_seconds: float = 300.0
+    vectorize: Literal["auto", "vmap", "loop"] = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial with where its rows go and how it is run.
+
+    Attributes:
+        trial: The models to train, or, when they are committed already, to measure from their saved weights.
+        results: The results directory.
+        token: The lease under which the worker may commit.
+        execution: How to run it.
+    """
+
+    trial: Trial
+    results: str
+    token: str
+    execution: Execution = Execution()

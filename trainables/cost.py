@@ -1,0 +1,43 @@
+"""What a program costs: parameters and arithmetic of its network, counted without training it.
+
+Run as `python -m flatmin.trainables.cost`, with a JSON list of programs on the standard input, so that the
+planner itself need not load torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flatmin.errors import FlatminError
+from flatmin.trainables.job import dataset_settings, load_dataset
+from flatmin.trainables.trainer import network_builder
+
+
+def cost(program: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `n_params`, `train_size`, `test_size` and `flops` of one example's forward pass, or `error`."""
+    try:
+        dataset = load_dataset(dataset_settings(program))
+    except (FlatminError, OSError) as error:
+        return {"error": str(error)}
+    with torch.device("meta"):
+        network = network_builder(program, dataset)().eval()
+        example = torch.empty(1, *dataset.input_shape)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        network(example)
+    return {
+        "n_params": sum(parameter.numel() for parameter in network.parameters()),
+        "train_size": len(dataset.train_x) - int(program["val_size"]),
+        "test_size": len(dataset.test_x),
+        "flops": counter.get_total_flops(),
+    }
+
+
+if __name__ == "__main__":
+    json.dump([cost(program) for program in json.load(sys.stdin)], sys.stdout)

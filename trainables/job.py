@@ -1,0 +1,227 @@
+"""A job from start to commit: train a stack, or take it from its weights, measure it, write its rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import socket
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.lease import check
+from flatmin.plugins import get, program_arguments
+from flatmin.results import Results, now
+from flatmin.settings import Argument, digest
+from flatmin.stack import stream_key
+from flatmin.stack.network import Buffers
+from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights
+from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.trainer import StackTrainer, buffers_of, network_builder
+from flatmin.trial import Job, Model, Trial
+
+
+def run(job: Job) -> Generator[int]:
+    """Carry a job out, yielding now and then the number of models that have ended; the last yield follows the commit.
+
+    Raises:
+        LeaseLost: Another driver owns the results now; nothing was committed.
+        FlatminError: The data, the weights or a measure cannot be used.
+    """
+    torch.set_num_threads(job.execution.threads)
+    torch.set_float32_matmul_precision("high" if job.trial.program["precision"] == "tf32" else "highest")
+    results = Results(Path(job.results))
+    trainer = _trainer(job)
+    if job.trial.committed_as:
+        yield from _measure_saved(job, results, trainer)
+    else:
+        yield from _train(job, results, trainer)
+
+
+def _trainer(job: Job) -> StackTrainer:
+    dataset = load_dataset(dataset_settings(job.trial.program))
+    return StackTrainer(job.trial, dataset, network_builder(job.trial.program, dataset), job.execution)
+
+
+def dataset_settings(program: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the settings of a program that say which data it sees, hashable."""
+    plugin = get("dataset", str(program["dataset"]))
+    return (("dataset", program["dataset"]), *((name, program[name]) for name in plugin.arguments))
+
+
+@lru_cache(maxsize=1)
+def load_dataset(settings: tuple[tuple[str, Any], ...]) -> Dataset:
+    """Return a data set; the last one stays loaded, for a worker trains many stacks of the same."""
+    (_, name), *arguments = settings
+    dataset: Dataset = get("dataset", name).load()(data_root(), **dict(arguments))
+    return dataset
+
+
+def data_root() -> Path:
+    """Return where data sets lie: `FLATMIN_DATA`, or a folder of the user's cache."""
+    return Path(os.environ.get("FLATMIN_DATA") or Path.home() / ".cache" / "flatmin").expanduser()
+
+
+def _train(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
+    started_at = now()
+    initial = trainer.progress.params
+    resumed = restore_state(results, trainer)
+    saved = time.monotonic()
+    for progress in trainer.train():
+        if progress.alive and time.monotonic() - saved >= job.execution.checkpoint_seconds:
+            check(results, job.token)
+            save_state(results, trainer)
+            saved = time.monotonic()
+        try:
+            yield len(trainer.outcomes) - len(progress.alive)
+        except GeneratorExit:  # told to stop between two steps: lose none of them
+            check(results, job.token)
+            save_state(results, trainer)
+            raise
+    execution = _execution(job, results.attempts(job.trial.trial_id), resumed)
+    rows = [_models_row(job.trial, model, started_at, execution) for model in job.trial.models]
+    for row, outcome in zip(rows, trainer.outcomes, strict=True):
+        assert outcome.row is not None
+        row.update(outcome.row)
+    sharpness = _measure(job.trial, trainer, rows)
+    _commit(job, results, trainer, initial, rows, sharpness)
+    yield len(rows)
+
+
+def _commit(
+    job: Job,
+    results: Results,
+    trainer: StackTrainer,
+    initial: Tensor,
+    rows: Sequence[dict[str, Any]],
+    sharpness: Sequence[dict[str, Any]],
+) -> None:
+    trial_id = job.trial.trial_id
+    check(results, job.token)
+    save_weights(results, trainer, initial)
+    epochs = [
+        {"model_id": model.model_id, "trial_id": trial_id, **epoch}
+        for model, outcome in zip(job.trial.models, trainer.outcomes, strict=True)
+        for epoch in outcome.epochs
+    ]
+    results.write("epochs", trial_id, epochs)
+    results.write("sharpness", trial_id, sharpness)
+    check(results, job.token)
+    results.write("models", trial_id, rows, _arguments(job.trial))
+    results.remove(results.state_file(trial_id))
+
+
+def _measure_saved(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
+    committed = results.table("models").to_pylist()
+    by_id = {row["model_id"]: row for row in committed}
+    rows = [by_id[model.model_id] for model in job.trial.models]
+    params, buffers, _ = load_weights(
+        results, job.trial, trainer.network, list(trainer.progress.buffers), trainer.device
+    )
+    yield 0
+    measured = _measure_weights(job.trial, trainer, rows, params, buffers)
+    check(results, job.token)
+    results.write("sharpness", f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", measured)
+    yield len(rows)
+
+
+def _measure(trial: Trial, trainer: StackTrainer, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    params = torch.stack([outcome.params for outcome in trainer.outcomes if outcome.params is not None])
+    buffers = buffers_of(trainer.outcomes, trainer.device)
+    return _measure_weights(trial, trainer, rows, params.to(trainer.device), buffers)
+
+
+def _measure_weights(
+    trial: Trial, trainer: StackTrainer, rows: Sequence[Mapping[str, Any]], params: Tensor, buffers: Buffers
+) -> list[dict[str, Any]]:
+    """Measure every model that has not diverged; where a model diverged there is no minimum to measure."""
+    kept = [k for k, row in enumerate(rows) if row["status"] != "diverged"]
+    if not kept or not trial.measures:
+        return []
+    from flatmin.sharpness import measure_stack
+    from flatmin.sharpness.engine import Engine
+    index = torch.tensor(kept, device=trainer.device)
+    engine = Engine(
+        trainer.network,
+        params[index],
+        {name: buffer[index] for name, buffer in buffers.items()},
+        trainer.data.train.select(index).chunks(),
+        torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
+    )
+    measured = []
+    for k, own in zip(kept, measure_stack(engine, trial.measures), strict=True):
+        ids = {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"]}
+        measured += [{**ids, **row} for row in own]
+    return measured
+
+
+def _models_row(trial: Trial, model: Model, started_at: datetime, execution: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_id": model.model_id,
+        "trial_id": trial.trial_id,
+        "study": trial.study,
+        **model.settings,
+        "device": execution["device_name"],
+        "host": socket.gethostname(),
+        "started_at": started_at,
+        "execution": json.dumps(execution, sort_keys=True),
+    }
+
+
+def _execution(job: Job, attempt: int, resumed: bool) -> dict[str, Any]:
+    """Return how a trial was run, for the `execution` column."""
+    cuda = job.execution.device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "stack_size": len(job.trial.models),
+        "device": job.execution.device,
+        "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": job.execution.threads,
+        "vectorize": job.execution.vectorize,
+        "compile": False,
+        "retries": attempt,
+        "resumed": resumed,
+        "memory_bytes": int(peak),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Return the versions that a number may depend on."""
+    packages = ("flatmin-sweep", "torch", "numpy", "scipy")
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """Return the commit of the checkout that this package is imported from, or None outside one."""
+    head = Path(__file__).resolve().parents[1] / ".git" / "HEAD"
+    try:
+        text = head.read_text().strip()
+        if not text.startswith("ref: "):
+            return text
+        return (head.parent / text.removeprefix("ref: ")).read_text().strip()
+    except OSError:
+        return None
+
+
+def _arguments(trial: Trial) -> dict[str, Argument]:
+    return program_arguments({name: str(trial.program[name]) for name in ("dataset", "network", "optimizer")})

@@ -1,0 +1,1 @@
+"""Networks, one file each: `NAME(input_shape, classes, *, settings...) -> torch.nn.Module`."""

@@ -1,0 +1,320 @@
+"""Training a stack: K models of one program, step by step, each with its own settings and its own end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatmin.optimizers.compose import Optimizer
+from flatmin.plugins import get
+from flatmin.stack import StackedNetwork, Streams, permutation, stream_key
+from flatmin.stack.network import Buffers
+from flatmin.trainables.data import StackData, stack_data
+from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.evaluation import Scores, evaluate
+from flatmin.trainables.training import Recipe
+from flatmin.trial import Execution, Trial
+
+DTYPES = {"fp64": torch.float64}
+"""The type of the weights, by precision; fp32 where it is not named."""
+
+
+@dataclass
+class Progress:
+    """Where a stack stands: all that a checkpoint holds.
+
+    Attributes:
+        alive: Positions in the trial of the models still training; the rows of every tensor here.
+        params: Weights `[K, d]`.
+        buffers: Stacked buffers.
+        optimizer: Stacked optimizer state.
+        params_before: Weights before the last step, which a model that diverged goes back to.
+        buffers_before: Buffers before the last step.
+        running: False for a model that has diverged in this epoch, bool `[K]`.
+        epoch: Epochs done.
+        step: Steps done in the current epoch.
+        seconds: Each model's share of the stack's wall-clock time.
+    """
+
+    alive: list[int]
+    params: Tensor
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    params_before: Tensor
+    buffers_before: dict[str, Tensor]
+    running: Tensor
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+    def select(self, index: Tensor) -> Progress:
+        """Return the progress of some of the models, by row."""
+
+        def rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor[index] for name, tensor in tensors.items()}
+
+        return replace(
+            self,
+            alive=[self.alive[row] for row in index.tolist()],
+            params=self.params[index],
+            buffers=rows(self.buffers),
+            optimizer=rows(self.optimizer),
+            params_before=self.params_before[index],
+            buffers_before=rows(self.buffers_before),
+            running=self.running[index],
+        )
+
+
+@dataclass
+class Outcome:
+    """What has become of one model so far; plain data, for the checkpoint and the tables.
+
+    Attributes:
+        epochs: Its rows of the `epochs` table, without ids.
+        row: Its columns of the `models` table once it has ended, else None.
+        params: Its weights once it has ended, `[d]`.
+        buffers: Its buffers once it has ended.
+    """
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    row: dict[str, Any] | None = None
+    params: Tensor | None = None
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+class StackTrainer:
+    """Trains the models of a trial together.
+
+    Args:
+        trial: The models; they share all settings that are not `per_model`.
+        dataset: Their data set.
+        build: Builds the network; called under each model's own initial seed.
+        execution: Device, threads and how the stack is vectorised.
+    """
+
+    def __init__(self, trial: Trial, dataset: Dataset, build: Callable[[], nn.Module], execution: Execution) -> None:
+        self.trial = trial
+        self.device = torch.device(execution.device)
+        names = get("training", "training").arguments
+        entry = get("training", "training").load()
+        self.recipes: list[Recipe] = [
+            entry(**{name: model.settings[name] for name in names}) for model in trial.models
+        ]
+        self.precision = self.recipes[0].precision
+        dtype = DTYPES.get(self.precision, torch.float32)
+        self.network, params, buffers = initial_stack(build, self.recipes, dtype, self.device, execution.vectorize)
+        self.data = stack_data(dataset, self.recipes, self.device, dtype)
+        self.optimizer = Optimizer(str(trial.program["optimizer"]), [model.settings for model in trial.models], params)
+        self.outcomes = [Outcome() for _ in trial.models]
+        self.progress = Progress(
+            alive=list(range(len(trial.models))),
+            params=params,
+            buffers=buffers,
+            optimizer=dict(self.optimizer.init(params)),
+            params_before=params,
+            buffers_before=buffers,
+            running=torch.ones(len(params), dtype=torch.bool, device=self.device),
+        )
+        self._narrow()
+
+    def restore(self, progress: Progress, outcomes: list[Outcome]) -> None:
+        """Go on from a checkpoint."""
+        self.progress, self.outcomes = progress, outcomes
+        self._narrow()
+
+    def train(self) -> Iterator[Progress]:
+        """Train to the end, yielding after every step; a checkpoint may be taken at any yield."""
+        while self.progress.alive:
+            orders = self._orders()
+            started = time.perf_counter()
+            size = self.recipes[0].batch_size
+            while self.progress.step * size < orders.shape[1]:
+                order = orders[:, self.progress.step * size : (self.progress.step + 1) * size]
+                self._step(order)
+                self.progress.step += 1
+                started = self._account(started)
+                if self.progress.step * size < orders.shape[1]:
+                    yield self.progress
+                    started = time.perf_counter()
+            self._end_epoch()
+            self._account(started)
+            yield self.progress
+
+    def _account(self, since: float) -> float:
+        moment = time.perf_counter()
+        self.progress.seconds += (moment - since) / max(1, len(self.progress.alive))
+        return moment
+
+    def _narrow(self) -> None:
+        """Fit everything that is not in the progress to the models still alive."""
+        index = torch.tensor(self.progress.alive, dtype=torch.int64)
+        self._recipes = [self.recipes[position] for position in self.progress.alive]
+        self._data: StackData = self.data.select(index.to(self.device))
+        self._optimizer = self.optimizer.select(index.to(self.device))
+        keys = [stream_key("training", recipe.order_seed) for recipe in self._recipes]
+        self._keys = torch.tensor(keys, dtype=torch.int64, device=self.device)
+
+    def _orders(self) -> Tensor:
+        """Return each model's order of the training examples in this epoch, `[K, n]`."""
+        seeds = [recipe.order_seed for recipe in self._recipes]
+        n = len(self._data.train)
+        of_seed = {
+            seed: permutation(stream_key("order", seed, self.progress.epoch), n) for seed in dict.fromkeys(seeds)
+        }
+        return torch.stack([of_seed[seed] for seed in seeds]).to(self.device)
+
+    def _step(self, order: Tensor) -> None:
+        now = self.progress
+        batch = self._data.train.gather(order)
+        streams = Streams(self._keys, now.epoch * len(self._data.train) + now.step)
+        updated = {name: buffer.clone() for name, buffer in now.buffers.items()}
+        calls = 0
+
+        def loss_and_grad(params: Tensor) -> tuple[Tensor, Tensor]:
+            # Only the first pass over a step's examples moves the running statistics.
+            nonlocal calls
+            calls += 1
+            buffers = updated if calls == 1 else {name: buffer.clone() for name, buffer in now.buffers.items()}
+            leaf = params.detach().requires_grad_()
+            with self._autocast():
+                losses = self.network.losses(leaf, buffers, batch, train=True, streams=streams)
+            (grad,) = torch.autograd.grad(losses.sum(), leaf)
+            return losses.detach(), grad
+
+        factors = [recipe.lr_factor(now.epoch) for recipe in self._recipes]
+        lr_factor = torch.tensor(factors, dtype=now.params.dtype, device=self.device)[:, None]
+        losses, params, state = self._optimizer.step(now.params, now.optimizer, lr_factor, loss_and_grad)
+        limits = torch.tensor([recipe.max_loss for recipe in self._recipes], device=self.device)
+        bad_loss = ~(losses <= limits)  # true for NaN as well
+        bad_step = ~torch.isfinite(params).all(dim=1)
+        keep = now.running & ~bad_loss & ~bad_step
+        back = now.running & bad_loss
+        before = now.params, now.buffers
+        now.params = _where(keep, params, _where(back, now.params_before, now.params))
+        now.buffers = {
+            name: _where(keep, updated[name], _where(back, now.buffers_before[name], buffer))
+            for name, buffer in now.buffers.items()
+        }
+        now.optimizer = {name: _where(keep, state[name], old) for name, old in now.optimizer.items()}
+        now.params_before, now.buffers_before = before
+        now.running = keep
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def _end_epoch(self) -> None:
+        now = self.progress
+        lr_factors = [recipe.lr_factor(now.epoch) for recipe in self._recipes]
+        now.epoch, now.step = now.epoch + 1, 0
+        running = now.running.tolist()
+        due = [
+            not runs or recipe.evaluates(now.epoch) for runs, recipe in zip(running, self._recipes, strict=True)
+        ]
+        stopping = any(recipe.stop_loss > 0 for recipe in self._recipes)
+        if not any(due) and not stopping:
+            return
+        train = self._evaluate("train")
+        reached = [
+            recipe.stop_loss > 0 and loss <= recipe.stop_loss
+            for recipe, loss in zip(self._recipes, train.loss.tolist(), strict=True)
+        ]
+        due = [a or b for a, b in zip(due, reached, strict=True)]
+        if not any(due):
+            return
+        scores = {"train": train, "val": self._evaluate("val"), "test": self._evaluate("test")}
+        left = []
+        for row, position in enumerate(now.alive):
+            recipe = self._recipes[row]
+            if due[row]:
+                lr = float(self.trial.models[position].settings.get("lr", 0.0)) * lr_factors[row]
+                self.outcomes[position].epochs.append(self._epoch_row(scores, row, lr))
+            status = "diverged" if not running[row] else "converged" if reached[row] else "finished"
+            if not running[row] or reached[row] or now.epoch >= recipe.epochs:
+                self._finish(row, position, status, train)
+            else:
+                left.append(row)
+        if len(left) < len(now.alive):
+            self.progress = now.select(torch.tensor(left, dtype=torch.int64, device=self.device))
+            self._narrow()
+
+    def _evaluate(self, part: str) -> Scores | None:
+        split = getattr(self._data, part)
+        return evaluate(self.network, self.progress.params, self.progress.buffers, split) if split else None
+
+    def _epoch_row(self, scores: Mapping[str, Scores | None], row: int, lr: float) -> dict[str, Any]:
+        columns: dict[str, Any] = {"epoch": self.progress.epoch}
+        for part, score in scores.items():
+            columns[f"{part}_loss"] = float(score.loss[row]) if score else None
+            columns[f"{part}_acc"] = float(score.acc[row]) if score else None
+        return {**columns, "lr": lr, "seconds": self.progress.seconds}
+
+    def _finish(self, row: int, position: int, status: str, train: Scores) -> None:
+        now, outcome = self.progress, self.outcomes[position]
+        last = outcome.epochs[-1]
+        best = max(outcome.epochs, key=lambda epoch: float(epoch["test_acc"]))
+        outcome.row = {
+            "status": status,
+            "epochs_run": now.epoch,
+            "n_params": self.network.n_params,
+            **{name: last[name] for name in last if name not in {"epoch", "lr", "seconds"}},
+            "train_acc_clean": float(train.acc_clean[row]),
+            "best_test_acc": best["test_acc"],
+            "best_test_epoch": best["epoch"],
+            "gen_gap": last["train_acc"] - last["test_acc"],
+            "loss_gap": last["test_loss"] - last["train_loss"],
+            "label_flip_rate": float(self._data.label_flip_rate[row]),
+            "seconds": now.seconds,
+        }
+        outcome.params = now.params[row].detach().cpu().clone()
+        outcome.buffers = {name: buffer[row].cpu().clone() for name, buffer in now.buffers.items()}
+
+
+def initial_stack(
+    build: Callable[[], nn.Module],
+    recipes: Sequence[Recipe],
+    dtype: torch.dtype,
+    device: torch.device,
+    vectorize: Any = "auto",
+) -> tuple[StackedNetwork, Tensor, dict[str, Tensor]]:
+    """Build every model under its own seed; return the network, weights `[K, d]` and stacked buffers.
+
+    The global generator is left as it was.
+    """
+    modules: dict[int, nn.Module] = {}
+    for recipe in recipes:
+        if recipe.init_seed not in modules:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream_key("init", recipe.init_seed))
+                modules[recipe.init_seed] = build()
+    params, buffers = StackedNetwork.stack([modules[recipe.init_seed] for recipe in recipes])
+    network = StackedNetwork(next(iter(modules.values())), vectorize)
+    network.template.to(device=device, dtype=dtype)
+    return network, params.to(device, dtype), {name: _cast(buffer, dtype).to(device) for name, buffer in buffers.items()}
+
+
+def _cast(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffer.to(dtype) if buffer.is_floating_point() else buffer
+
+
+def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def network_builder(program: Mapping[str, Any], dataset: Dataset) -> Callable[[], nn.Module]:
+    """Return a function that builds the network which a program names, for a data set."""
+    plugin = get("network", str(program["network"]))
+    entry = plugin.load()
+    settings = {name: program[name] for name in plugin.arguments}
+    return lambda: entry(dataset.input_shape, dataset.classes, **settings)
+
+
+def buffers_of(outcomes: Sequence[Outcome], device: torch.device) -> Buffers:
+    """Return the stacked buffers of models that have ended."""
+    names = outcomes[0].buffers
+    return {name: torch.stack([outcome.buffers[name] for outcome in outcomes]).to(device) for name in names}
