@@ -101,7 +101,8 @@ def correlate(
             `models`.
         target: The column to compare with.
         axes: The settings that make a configuration. None: every column that varies and is no known result,
-            no seed, no measure.
+            no seed, no measure. In a table with seeds, a fractional column in which no value comes twice is a
+            result of somebody's own, since the seeds of a configuration share its settings; a note tells.
         measures: Columns or labels to correlate. None: all labels of `sharpness`, or, with `axes` given,
             every other numeric column that varies.
         seed_column: The column that repeats a configuration. A table with neither axes nor seeds has one
@@ -125,11 +126,8 @@ def correlate(
     seeds = {seed_column, *frames.SEED_COLUMNS}
     names = _measures(table, frames.labels(sharpness), target, axes, measures, seeds)
     frames.check_columns(table, names, role="measure")
-    known = (
-        axes
-        if axes is not None
-        else frames.varying(table, exclude={target, *names, *frames.labels(sharpness)})
-    )
+    others = {target, *names, *frames.labels(sharpness), *seeds}
+    known, notes = (list(axes), []) if axes is not None else _settings(table, others, seed_column)
     config_axes = tuple(axis for axis in known if axis not in seeds)
 
     dropped = _dropped_statuses(table)
@@ -142,7 +140,6 @@ def correlate(
     configs = _configurations(table, config_axes, seeds)
 
     results: dict[str, MeasureCorrelation] = {}
-    notes: list[str] = []
     for name in names:
         values = frames.numeric(table, name, role="measure")
         known_rows = ~np.isnan(values)
@@ -199,6 +196,17 @@ def _measures(
         return candidates
     listing = f" Numeric columns that vary: {', '.join(candidates)}." if candidates else ""
     raise RequestError(f"measures: the table does not say which columns are measures; name them.{listing}")
+
+
+def _settings(table: pd.DataFrame, others: set[str], seed_column: str) -> tuple[list[str], list[str]]:
+    """The columns that make a configuration, and a note on those that look like settings and are none."""
+    settings = frames.varying(table, exclude=others)
+    unrepeated = frames.unrepeated(table, settings, seed_column)
+    if not unrepeated:
+        return settings, []
+    listing = ", ".join(unrepeated)
+    note = f"taken as results, not as axes, because no two seeds share a value: {listing}"
+    return [setting for setting in settings if setting not in unrepeated], [note]
 
 
 def _dropped_statuses(table: pd.DataFrame) -> dict[str, int]:

@@ -160,6 +160,27 @@ def varying(frame: pd.DataFrame, *, exclude: Collection[str] = ()) -> list[str]:
     return [column for column in columns if hashable(frame[column]).nunique(dropna=False) > 1]
 
 
+def unrepeated(frame: pd.DataFrame, columns: Iterable[str], seed_column: str) -> list[str]:
+    """Name the columns that cannot be settings, whose values the seeds of a configuration would share.
+
+    Args:
+        frame: A table of models.
+        columns: Which columns to look at.
+        seed_column: The column that repeats a configuration; where it is missing or never repeats, nothing
+            can be told.
+
+    Returns:
+        The columns of fractional numbers in which no value comes twice.
+    """
+    if seed_column not in frame.columns:
+        return []
+    seeds = frame[seed_column]
+    if seeds.nunique() < 2 or not seeds.duplicated().any():
+        return []
+    fractional = [column for column in columns if pd.api.types.is_float_dtype(frame[column].dtype)]
+    return [column for column in fractional if frame[column].dropna().is_unique]
+
+
 def hashable(values: pd.Series) -> pd.Series:
     """Return the series with lists and the like (milestones) as text, so that it can be grouped.
 
@@ -216,7 +237,7 @@ def wide(models: pd.DataFrame, sharpness: pd.DataFrame | None = None) -> pd.Data
         sharpness: Rows of the `sharpness/` table, or None.
 
     Returns:
-        All rows and columns of `models`, in order, then the labels, sorted; null where a model lacks a
+        All rows and columns of `models`, counted from 0, then the labels, sorted; null where a model lacks a
         measure.
 
     Raises:
@@ -224,7 +245,7 @@ def wide(models: pd.DataFrame, sharpness: pd.DataFrame | None = None) -> pd.Data
     """
     names = labels(sharpness)
     if sharpness is None or not names:
-        return models.copy()
+        return models.reset_index(drop=True)
     check_columns(models, ("model_id",), role="models table")
     clash = sorted(set(names) & set(models.columns))
     if clash:

@@ -29,12 +29,12 @@ def tau_b(x: Floats, y: Floats) -> float:
     Returns:
         A number in [-1, 1]; NaN where it is undefined (fewer than two values, or one side constant).
 
-    >>> tau_b(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]))
-    0.3333333333333333
+    >>> round(tau_b(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 6)
+    0.333333
     """
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
-    return float(stats.kendalltau(x, y, method="asymptotic").statistic)
+    return float(stats.kendalltau(x, y).statistic)
 
 
 def affordable(configurations: int, resamples: int) -> int:

@@ -4,7 +4,14 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
   function drawFigures() {
-    const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+    // plotly.js would offer a button that sends the chart to its maker's server; the numbers stay in this file
+    const options = {
+      responsive: true,
+      displaylogo: false,
+      showSendToCloud: false,
+      plotlyServerURL: "",
+      modeBarButtonsToRemove: ["sendDataToCloud", "sendChartToCloud", "lasso2d", "select2d"],
+    };
     for (const place of document.querySelectorAll(".plot")) {
       const figure = read("plot-" + place.dataset.figure);
       Plotly.newPlot(place, figure.data, figure.layout, options);

@@ -53,6 +53,7 @@ def report(
     if path.is_dir():
         raise RequestError(f"{path}: is a directory; name the file to write, such as {path / 'report.html'}.")
     frames.check_columns(models, ["model_id", target], role="report")
+    models = models.reset_index(drop=True)
     epochs = pd.DataFrame() if epochs is None else epochs
     sharpness = pd.DataFrame() if sharpness is None else sharpness
     result, reason = _correlations(models, sharpness, target)

@@ -56,12 +56,8 @@ class Adam:
         else:
             g = grad + self.weight_decay * params
         t = state["steps"] + 1
-        m = torch.lerp(g, state["mean"], self._like(self.beta1, g))
-        s = torch.lerp(g * g, state["square"], self._like(self.beta2, g))
+        m = self.beta1 * state["mean"] + (1 - self.beta1) * g
+        s = self.beta2 * state["square"] + (1 - self.beta2) * g * g
         m_hat = m / (1 - self.beta1**t).to(g.dtype)
         root = (s / (1 - self.beta2**t).to(g.dtype)).sqrt()
         return params - lr * m_hat / (root + self.adam_eps), {"mean": m, "square": s, "steps": t}
-
-    @staticmethod
-    def _like(value: float, tensor: Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)

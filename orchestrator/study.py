@@ -195,37 +195,36 @@ def _pydantic_line(document: Document, place: Sequence[str | int], item: Any) ->
 
 
 def _override(file: StudyFile, overrides: Sequence[str], where: _Where, problems: list[str]) -> StudyFile:
-    changes = file.model_dump()
     for text in overrides:
-        name, equals, value = text.partition("=")
-        name = name.strip()
+        name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not name:
             problems.append(f"command line: '{text}' should read setting=value or setting=value,value")
             continue
-        where.overridden.add(name)
-        values = [yaml.safe_load(part) for part in split_list(value)]
-        if not values:
-            problems.append(f"command line: {name}=: an axis needs at least one value")
-        elif name == "measures":
-            changes["measures"] = split_list(value)
-        elif name == "seeds":
-            changes["seeds"] = values[0] if len(values) == 1 else values
-        else:
-            for grid in (changes, *changes["cases"]):
-                grid["settings"].pop(name, None)
-                grid["axes"].pop(name, None)
-            target = changes["settings"] if len(values) == 1 else changes["axes"]
-            target[name] = values[0] if len(values) == 1 else values
-            if name == "seed":
-                changes["seeds"] = 1
-    try:
-        return StudyFile.model_validate(changes)
-    except ValidationError as error:
-        problems.extend(
-            f"command line: {item['loc'][0]}={item['input']}: {item['msg'].replace('Input should', 'should')}"
-            for item in error.errors()[:1]
-        )
-        return file
+        try:
+            values = [yaml.safe_load(part) for part in split_list(value)]
+            if not values:
+                raise ValueError("an axis needs at least one value")
+            file = StudyFile.model_validate(_changed(file.model_dump(), name, values))
+            where.overridden.add(name)
+        except (yaml.YAMLError, ValueError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            problems.append(f"command line: {text}: {reason.replace('Input should', 'should').splitlines()[0]}")
+    return file
+
+
+def _changed(study: dict[str, Any], name: str, values: list[Any]) -> dict[str, Any]:
+    """Return a study in which one setting has these values in every grid."""
+    one = values[0] if len(values) == 1 else values
+    if name in {"seeds", "measures"}:
+        study[name] = values if name == "measures" else one
+        return study
+    for grid in (study, *study["cases"]):
+        grid["settings"].pop(name, None)
+        grid["axes"].pop(name, None)
+    study["settings" if len(values) == 1 else "axes"][name] = one
+    if name == "seed":
+        study["seeds"] = 1
+    return study
 
 
 def _labels(measures: Sequence[str], where: _Where, problems: list[str]) -> tuple[str, ...]:

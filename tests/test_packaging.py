@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,15 @@ def test_the_folder_is_linked_into_the_package(folder: str) -> None:
 
 def test_no_other_links_are_needed() -> None:
     assert {file.name for file in SOURCE.iterdir() if file.is_symlink()} == set(FOLDERS)
+
+
+def test_ci_runs_the_command_that_the_readme_gives() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    command = script.read_text(encoding="utf-8").splitlines()[-1]
+    assert re.search(
+        rf"^\s*{re.escape(command)}\s*(#|$)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def test_every_data_pattern_finds_files() -> None:

@@ -11,17 +11,18 @@ from flatmin import plugins
 from flatmin.settings import Argument, Setting
 from flatmin.tables import TABLES, fixed_columns
 
-KINDS = ("network", "dataset", "optimizer", "training")
+OF_MODELS = ("network", "dataset", "optimizer", "training")
+KINDS = (*OF_MODELS, "measure")
 NAMING_A_PLUGIN = {"network", "dataset", "optimizer"}
 SETTING_AND_COLUMN = {"lr"}
 """`epochs.lr` is the rate that `lr` and the schedule give in that epoch: the same thing, in the same unit."""
 
 
-def declarations() -> list[tuple[str, Argument]]:
-    """Return (where, argument) of every setting that a model can take."""
+def declarations(kinds: Iterable[str] = KINDS) -> list[tuple[str, Argument]]:
+    """Return (where, argument) of every setting that plug-ins of these kinds take."""
     return [
         (f"{kind} {plugin.name}", argument)
-        for kind in KINDS
+        for kind in kinds
         for plugin in plugins.listing(kind).values()
         for argument in plugin.arguments.values()
     ]
@@ -61,12 +62,14 @@ def test_a_second_meaning_is_found(other: Argument) -> None:
 
 def test_no_setting_takes_the_name_of_a_column() -> None:
     columns = {name for table in TABLES for name in fixed_columns(table)} | NAMING_A_PLUGIN
-    assert {argument.name for _, argument in declarations()} & columns <= SETTING_AND_COLUMN
+    assert {argument.name for _, argument in declarations(OF_MODELS)} & columns <= SETTING_AND_COLUMN
 
 
 def test_no_setting_takes_the_name_of_a_measure() -> None:
     """`wide` has a column per measure label beside a column per setting."""
-    assert {argument.name for _, argument in declarations()} & set(plugins.listing("measure")) == set()
+    assert {argument.name for _, argument in declarations(OF_MODELS)} & set(
+        plugins.listing("measure")
+    ) == set()
 
 
 def test_settings_of_the_contract_exist() -> None:
@@ -81,7 +84,7 @@ def test_settings_of_the_contract_exist() -> None:
         "stop_loss",
     }
     contract |= {"label_noise", "data_noise", "precision", "width", "lr", "momentum", "weight_decay", "rho"}
-    assert contract <= {argument.name for _, argument in declarations()}
+    assert contract <= {argument.name for _, argument in declarations(OF_MODELS)}
 
 
 def test_every_setting_says_what_it_is() -> None:
@@ -89,6 +92,6 @@ def test_every_setting_says_what_it_is() -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "measure"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_plugin_says_what_it_is(kind: str) -> None:
     assert [plugin.name for plugin in plugins.listing(kind).values() if not plugin.about] == []

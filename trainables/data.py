@@ -70,7 +70,7 @@ class Split:
     def _noisy(self, x: Tensor, order: Tensor) -> Tensor:
         if self.sigma is None or self.noise is None or self.noise_row is None:
             return x
-        sigma = self.sigma.reshape(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        sigma = self.sigma.reshape(-1, *[1] * (x.dim() - 1))
         return x + sigma * self.noise[self.noise_row[:, None], order]
 
 
@@ -112,7 +112,7 @@ def stack_data(dataset: Dataset, recipes: Sequence[Recipe], device: torch.device
     kept, val = order[: n - held_out].sort().values, order[n - held_out :].sort().values
 
     def normalised(x: Tensor) -> Tensor:
-        return ((x - dataset.mean) / dataset.std).to(device, dtype)
+        return ((x.to(dtype) - dataset.mean.to(dtype)) / dataset.std.to(dtype)).to(device)
 
     def clean(x: Tensor, y: Tensor) -> Split:
         return Split(normalised(x), y.to(device).expand(len(recipes), -1), y.to(device))
@@ -144,6 +144,6 @@ def _with_noise(train: Split, dataset: Dataset, kept: Tensor, recipes: Sequence[
         (normal(stream_key("data noise", seed), dataset.train_x.shape)[kept] / dataset.std).to(device, dtype)
         for seed in seeds
     ]
-    sigma = torch.tensor([recipe.data_noise for recipe in recipes], device=device)
+    sigma = torch.tensor([recipe.data_noise for recipe in recipes], dtype=dtype, device=device)
     rows = torch.tensor([seeds.index(recipe.noise_seed) for recipe in recipes], device=device)
     return Split(train.x, train.y, train.true_y, sigma, torch.stack(noise), rows)

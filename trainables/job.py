@@ -23,6 +23,7 @@ from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
 from flatmin.settings import Argument, digest
+from flatmin.sharpness import Engine, measure_stack
 from flatmin.stack import stream_key
 from flatmin.stack.network import Buffers
 from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights
@@ -148,8 +149,6 @@ def _measure_weights(
     kept = [k for k, row in enumerate(rows) if row["status"] != "diverged"]
     if not kept or not trial.measures:
         return []
-    from flatmin.sharpness import measure_stack
-    from flatmin.sharpness.engine import Engine
     index = torch.tensor(kept, device=trainer.device)
     engine = Engine(
         trainer.network,
@@ -158,11 +157,11 @@ def _measure_weights(
         trainer.data.train.select(index).chunks(),
         torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
     )
-    measured = []
-    for k, own in zip(kept, measure_stack(engine, trial.measures), strict=True):
-        ids = {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"]}
-        measured += [{**ids, **row} for row in own]
-    return measured
+    return [
+        {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"], **row}
+        for of_label in measure_stack(engine, trial.measures)
+        for k, row in zip(kept, of_label, strict=True)
+    ]
 
 
 def _models_row(trial: Trial, model: Model, started_at: datetime, execution: Mapping[str, Any]) -> dict[str, Any]:

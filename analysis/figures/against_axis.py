@@ -117,7 +117,9 @@ def draw(data: pd.DataFrame) -> go.Figure:
         rows = data[data["quantity"].isin(panel)]
         _style_y(figure, rows, row, measure=panel[0] in names)
     scale = theme.scale_of(data["x"], decades=0.9)
-    figure.update_xaxes(type=scale, **(theme.ticks(data["x"]) if scale == "log" else {}))
+    figure.update_xaxes(type=scale)
+    if scale == "log":
+        figure.update_xaxes(**theme.ticks(data["x"]) or theme.log_ticks(data["x"]))
     figure.update_xaxes(title_text=theme.title(str(data["axis"].iloc[0])), row=len(panels))
     return theme.layout(figure, height=170 + int(125 * sum(heights)))
 

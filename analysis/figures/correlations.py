@@ -60,7 +60,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
     for _, row in data.iterrows():
         name = str(row["measure"])
         defined = pd.notna(row["tau"])
-        text = f"n = {row['n']}, {row['n_configs']} configurations" + ("" if defined else ", undefined")
+        text = f"n = {row['n']}<br>{row['n_configs']} configurations" + ("" if defined else ", undefined")
         figure.add_scatter(
             x=[row["tau"] if defined else 0],
             y=[html.escape(name)],
@@ -79,12 +79,12 @@ def draw(data: pd.DataFrame) -> go.Figure:
         )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(
-        title_text=f"Kendall τ with {data['target'].iloc[0]} (−1 to 1), seed means over configurations",
+        title_text=f"Kendall τ with {data['target'].iloc[0]} (−1 to 1)",
         range=[-1.02, 1.02],
         zeroline=True,
     )
     theme.layout(figure, height=130 + 42 * len(data))
-    figure.update_layout(margin_r=210, margin_t=40)
+    figure.update_layout(margin_r=125, margin_t=40)
     return figure
 
 

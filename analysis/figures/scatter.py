@@ -51,7 +51,8 @@ def data(
     stderr = frames.numeric(rows, "stderr", role="figure") if "stderr" in rows.columns else np.nan
     values = frames.numeric(rows, "value", role="figure")
     rows = rows[keys].assign(measure=rows["label"], value=values, stderr=stderr)
-    table = models[frames.kept(models)]
+    # rows from several tables may share index values, and a join would then multiply them
+    table = models[frames.kept(models)].reset_index(drop=True)
     settings = pd.DataFrame({axis: frames.hashable(table[axis]) for axis in axes}, index=table.index)
     table = (
         table[keys]
@@ -107,9 +108,10 @@ def _short(target: str) -> str:
 def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
     settings = [axis for axis in part.columns if axis not in _FIXED]
     lines = [f"{html.escape(axis)} = %{{customdata[{place + 1}]}}" for place, axis in enumerate(settings)]
-    bars = len(part) <= MOST_ERROR_BARS and part["stderr"].notna().any()
+    few = len(part) <= MOST_ERROR_BARS
+    bars = few and part["stderr"].notna().any()
     # WebGL draws thousands of points at once; SVG prints better
-    kind = go.Scatter if len(part) <= MOST_ERROR_BARS else go.Scattergl
+    kind = go.Scatter if few else go.Scattergl
     return kind(
         x=part["value"],
         y=part["target_value"],
@@ -118,7 +120,11 @@ def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
         else None,
         mode="markers",
         showlegend=False,
-        marker={"size": 7, "color": theme.GREY, "line": {"width": 0.5, "color": "white"}},
+        marker={
+            "size": 7 if few else 4,
+            "color": theme.GREY,
+            "line": {"width": 0.5 if few else 0, "color": "white"},
+        },
         customdata=[
             [_plain(value) for value in row] for row in part[["model_id", *settings]].to_numpy(dtype=object)
         ],

@@ -28,7 +28,7 @@ SCALE = "Cividis"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
-_TOP, _BOTTOM = 90, 60
+_BOTTOM = 60
 
 _TITLES = {
     "test_error": "test error (fraction)",
@@ -138,7 +138,7 @@ def log_ticks(values: pd.Series) -> dict[str, object]:
     decades = np.log10(values.max() / values.min())
     return {
         "type": "log",
-        "dtick": "D2" if decades < 1.5 else max(1, round(decades / 5)),
+        "dtick": "D2" if decades < 2 else max(1, round(decades / 5)),
         "exponentformat": "power",
     }
 
@@ -169,6 +169,16 @@ def ticks(values: pd.Series) -> dict[str, object]:
     return {"tickvals": numbers, "ticktext": [f"{number:g}" for number in numbers]}
 
 
+def legend_height(figure: go.Figure) -> int:
+    """Return the pixels that a legend above the plot needs, at three names to a line.
+
+    Args:
+        figure: With all its traces.
+    """
+    names = sum(1 for trace in figure.data if trace.showlegend)
+    return 20 * -(-names // 3)
+
+
 def layout(figure: go.Figure, *, height: int) -> go.Figure:
     """Give a figure the page's fonts, grid and margins, and return it.
 
@@ -176,12 +186,13 @@ def layout(figure: go.Figure, *, height: int) -> go.Figure:
         figure: Changed in place.
         height: In pixels; the width follows the page.
     """
-    above = 1 + 24 / max(1, height - _TOP - _BOTTOM)
+    top = 72 + legend_height(figure)
+    above = 1 + 24 / max(1, height - top - _BOTTOM)
     line = {"gridcolor": "#e8ebf0", "linecolor": "#9aa4b2", "zerolinecolor": "#c3cad4", "ticks": "outside"}
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 70, "r": 20, "t": _TOP, "b": _BOTTOM},
+        margin={"l": 70, "r": 20, "t": top, "b": _BOTTOM},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1f2933"},
         # the legend stands above the panel titles and below the row of buttons
         legend={"orientation": "h", "yanchor": "bottom", "y": above, "x": 0, "font": {"size": 12}},

@@ -134,8 +134,9 @@ def draw(data: pd.DataFrame) -> go.Figure:
         {"label": f"{scale} epochs", "method": "relayout", "args": [_epoch_axes(figure, scale)]}
         for scale in ("linear", "log")
     ]
+    rise = theme.legend_height(figure) + 34
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1}
-    figure.update_layout(updatemenus=[menu | {"yanchor": "bottom", "pad": {"b": 70}}], margin_t=140)
+    figure.update_layout(updatemenus=[menu | {"yanchor": "bottom", "pad": {"b": rise}}], margin_t=rise + 76)
     return figure
 
 

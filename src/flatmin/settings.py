@@ -114,8 +114,8 @@ class Argument:
 
 
 def _clause(error: ValidationError) -> str:
-    first = error.errors()[0]["msg"]
-    return first[0].lower() + first[1:].replace("Input should", "should")
+    message = error.errors()[0]["msg"].replace("Input should", "should")
+    return message[0].lower() + message[1:]
 
 
 def model_id(settings: Mapping[str, Any], arguments: Mapping[str, Argument]) -> str:

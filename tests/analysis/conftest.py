@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,8 @@ def make_tables(
     models = pd.DataFrame(rows)
     lost = models.index[:diverged]
     models.loc[lost, "status"] = "diverged"
-    models.loc[lost, [column for column in models if column.endswith(("_loss", "_acc", "_gap"))]] = np.nan
+    for column in models.filter(regex="(_loss|_acc|_gap)$"):
+        models.loc[lost, str(column)] = np.nan
     keys = models[["model_id", "trial_id"]]
     curves = [_epoch(models, epoch, epochs) for epoch in range(1, epochs + 1)]
     values = {
@@ -94,7 +96,7 @@ def _model(width: int, noise: float, seed: int, rng: np.random.Generator) -> dic
 def _epoch(models: pd.DataFrame, epoch: int, last: int) -> pd.DataFrame:
     """All curves start at an error of 0.9 and end where the model ends."""
     done = epoch / last
-    columns = {
+    columns: dict[str, Any] = {
         "epoch": epoch,
         "train_loss": 2.3 * (1 - done) + models["train_loss"] * done,
         "train_acc": 0.1 * (1 - done) + models["train_acc"] * done,

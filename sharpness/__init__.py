@@ -1,0 +1,15 @@
+"""Sharpness measures of trained models: a functional of the loss in a metric, one file each.
+
+A measure is a function `measure(engine, *, metric="filter", ...) -> Estimate`: an `Engine` is K trained
+models as functions of their weights, an `Estimate` is a value per model with its uncertainty and its cost.
+
+    engine = Engine(network, params, buffers, batches, keys)
+    rows = measure_stack(engine, ["lpf", "lambda_max(metric=identity)"])
+"""
+
+from flatmin.sharpness.engine import Engine
+from flatmin.sharpness.estimate import Estimate
+from flatmin.sharpness.measuring import measure_stack
+from flatmin.sharpness.metric import Metric, scale
+
+__all__ = ["Engine", "Estimate", "Metric", "measure_stack", "scale"]

@@ -1,0 +1,126 @@
+"""eps-sharpness: the inverse of the distance along the gradient at which the loss has risen by epsilon.
+
+eps_sharpness = 1 / t with L(w + D t n) - L(w) = epsilon, n = D grad / ||D grad||, in inverse units of the
+metric: t is the distance as the balanced network sees it. Source: Bisla et al. 2022, section 3 (epsilon =
+0.1, 1 / (eta ||grad||) with a bisection for eta); they follow Keskar et al. 2017.
+
+Where the loss crosses more than once, the crossing found is one before the first doubling of t that lies
+above; t starts at half of what the quadratic model of the loss along n predicts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import elementwise
+from torch import Tensor
+
+from flatmin.settings import Setting
+from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
+from flatmin.sharpness.estimate import Estimate
+
+_MOST_DOUBLINGS = 100
+_TOO_FAR = 1e3
+
+
+def eps_sharpness(
+    engine: Engine,
+    *,
+    epsilon: Annotated[float, Setting(about="Rise of the loss that is looked for.", unit="nats", gt=0)] = 0.1,
+    metric: Annotated[
+        Literal["identity", "filter", "element"], Setting(about="In which units weights are displaced.")
+    ] = "filter",
+    tolerance: Annotated[
+        float,
+        Setting(about="Standard error or error bound at which to stop.", unit="fraction of the value", gt=0),
+    ] = 0.001,
+) -> Estimate:
+    """Inverse distance along the gradient at which the training loss has risen by epsilon.
+
+    Deterministic: `stderr` is the width that the root finder's bracket leaves. A zero gradient, a loss that
+    is not finite, or one that never rises by epsilon make it undefined; a loss beyond w that is not finite
+    counts as having risen. `samples` are losses along the line.
+
+    Args:
+        engine: The models.
+        epsilon: The rise.
+        metric: What scales the gradient and the step.
+        tolerance: Width of the bracket at which a model's search stops, as a fraction of the value.
+    """
+    line = _Line(engine, engine.scale(metric), epsilon)
+    start, defined = line.first_guess()
+    low, high, found = _bracket(line, start, defined)
+    rows = np.flatnonzero(found)
+    value, stderr = (np.full(len(engine), np.nan) for _ in range(2))
+    converged = np.zeros(len(engine), dtype=bool)
+    if len(rows):
+        root = elementwise.find_root(
+            line.rise,
+            (low[rows], high[rows]),
+            args=(rows,),
+            tolerances={"xrtol": tolerance / 2, "xatol": 0.0},
+        )
+        left, right = root.bracket
+        width = np.abs(right - left)
+        value[rows], stderr[rows] = 1.0 / root.x, width / root.x**2
+        converged[rows] = root.success
+    passes = LOSS_PASSES * (1 + line.evaluations) + GRADIENT_PASSES + PRODUCT_PASSES
+    made = (value, stderr, line.evaluations, passes.astype(float), converged)
+    return Estimate(*(torch.from_numpy(array) for array in made))
+
+
+class _Line:
+    """The loss of every model along its own gradient, less what it should have risen by."""
+
+    def __init__(self, engine: Engine, d: Tensor, epsilon: float) -> None:
+        self.engine, self.epsilon = engine, epsilon
+        gradient = d * engine.gradient()
+        self.slope = gradient.norm(dim=1)
+        self.normal = gradient / self.slope[:, None]
+        self.direction = d * self.normal
+        self.base = engine.losses()
+        self.evaluations = np.zeros(len(engine), dtype=np.int64)
+
+    def first_guess(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return half the distance that the quadratic model predicts, and for which models there is one."""
+        defined = (self.slope > 0) & self.slope.isfinite() & self.base.isfinite()
+        along = torch.where(defined[:, None], self.direction, 0.0)
+        curvature = (
+            (along * self.engine.hvp(along, defined)).sum(dim=1).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
+        )
+        distance = 2 * self.epsilon / (self.slope + (self.slope**2 + 2 * self.epsilon * curvature).sqrt())
+        guess = torch.where(defined, distance / 2, 1.0)
+        return guess.cpu().numpy(), (defined & guess.isfinite()).cpu().numpy()
+
+    def rise(self, distance: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return L(w + D t n) - L(w) - epsilon for some of the models; too far where it is not finite."""
+        t = torch.zeros(len(self.engine), dtype=torch.float64)
+        active = torch.zeros(len(self.engine), dtype=torch.bool)
+        t[rows], active[rows] = torch.from_numpy(np.asarray(distance, dtype=float)), True
+        device = self.engine.device
+        moves = torch.where(active.to(device)[:, None], t.to(device)[:, None] * self.direction, 0.0)
+        losses = self.engine.losses_at(moves[None], active.to(device))[0]
+        self.evaluations[rows] += 1
+        above: NDArray[Any] = (losses - self.base - self.epsilon)[active.to(device)].cpu().numpy()
+        return np.where(np.isfinite(above), above, _TOO_FAR * self.epsilon)
+
+
+def _bracket(
+    line: _Line, start: NDArray[np.float64], defined: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Double the distance until the loss has risen by epsilon; return where it had not, where it has, and
+    if."""
+    low, high, found = np.zeros_like(start), start.copy(), np.zeros_like(defined)
+    open_rows = np.flatnonzero(defined)
+    for _ in range(_MOST_DOUBLINGS):
+        if not len(open_rows):
+            break
+        above = line.rise(high[open_rows], open_rows) >= 0
+        found[open_rows[above]] = True
+        open_rows = open_rows[~above]
+        low[open_rows] = high[open_rows]
+        high[open_rows] *= 2
+    return low, high, found

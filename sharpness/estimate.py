@@ -1,0 +1,150 @@
+"""What a measure returns, and the sampling that stops when each model's value is known well enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FEWEST = 16
+_ROUND = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One measure of K models.
+
+    Attributes:
+        value: The measure, float64 `[K]`; NaN where it is undefined.
+        stderr: Its uncertainty in the same unit, float64 `[K]`: a standard error where the value is a mean of
+            random draws, an error bound where it comes from an iteration, 0 where it is exact.
+        samples: Draws, steps or evaluations that the value rests on, int64 `[K]`.
+        passes: Passes over the training set that the value rests on, float64 `[K]`, in the units of
+            `flatmin.sharpness.engine`. Work shared with another measure counts in full for both, so
+            that a value's cost does not depend on what else was measured.
+        converged: Whether the tolerance was met, bool `[K]`; never where the value is undefined.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    samples: Tensor
+    passes: Tensor
+    converged: Tensor
+
+
+Draw = Callable[[int, int, Tensor], Tensor]
+"""`draw(first, count, active)` returns samples `first .. first + count - 1` of the models, float64 `[count,
+K]`; those of models that are not active, bool `[K]`, may be anything."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control variate: numbers of mean zero that vary with the samples, and what it costs to have them.
+
+    Attributes:
+        draw: The control of each sample, float64 `[count, K]`.
+        price: How many further samples it must save to be worth its cost.
+    """
+
+    draw: Draw
+    price: float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The result of `sample_mean`, each `[K]`; the meanings are those of `Estimate`.
+
+    Attributes:
+        value: offset + mean.
+        stderr: Its standard error.
+        samples: Samples taken.
+        converged: Whether the tolerance was met.
+        controlled: Which models the control was paid for.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    samples: Tensor
+    converged: Tensor
+    controlled: Tensor
+
+
+def sample_mean(
+    draw: Draw,
+    models: int,
+    *,
+    tolerance: float,
+    max_samples: int,
+    offset: Tensor | None = None,
+    control: Control | None = None,
+) -> Mean:
+    """Average samples until each model's relative standard error is below the tolerance.
+
+    A model stops at its own time, after 16 samples at the earliest, so that its result does not depend on its
+    neighbours. One with a sample that is not finite stops at once and is undefined. After 16 samples a model
+    whose plain mean would need more further samples than the control's price goes on with the control.
+
+    Args:
+        draw: Where the samples come from.
+        models: K.
+        tolerance: The standard error at which to stop, as a fraction of |value|.
+        max_samples: The most samples per model.
+        offset: A known part of the value, float64 `[K]`: the value is offset + mean.
+        control: A control variate to reduce the variance with.
+    """
+    known = torch.zeros(models, dtype=torch.float64) if offset is None else offset.cpu()
+    ys = torch.full((max_samples, models), math.nan, dtype=torch.float64)
+    xs = torch.zeros_like(ys)
+    value, stderr = torch.full_like(known, math.nan), torch.full_like(known, math.nan)
+    samples = torch.zeros(models, dtype=torch.int64)
+    converged, controlled = (torch.zeros(models, dtype=torch.bool) for _ in range(2))
+    active, done = known.isfinite(), 0
+    while done < max_samples and bool(active.any()):
+        new = slice(done, min(done + (_ROUND if done >= _FEWEST else _FEWEST), max_samples))
+        ys[new] = draw(new.start, new.stop - new.start, active).cpu()
+        _add_controls(xs, new, control, controlled & active)
+        done = new.stop
+        mean, error = _controlled_mean(ys[:done], xs[:done])
+        value, stderr = torch.where(active, known + mean, value), torch.where(active, error, stderr)
+        samples = torch.where(active, done, samples)
+        converged |= active & (stderr <= tolerance * value.abs()) & (done >= _FEWEST)
+        active = active & ~converged & value.isfinite()
+        if control is not None and done == _FEWEST:
+            needed = done * (stderr / (tolerance * value)).square()
+            controlled = active & (needed.clamp(max=max_samples) - done > control.price)
+            _add_controls(xs, slice(0, done), control, controlled)
+    undefined = ~value.isfinite()
+    return Mean(
+        value.masked_fill(undefined, math.nan),
+        stderr.masked_fill(undefined, math.nan),
+        samples,
+        converged,
+        controlled,
+    )
+
+
+def _add_controls(xs: Tensor, rows: slice, control: Control | None, controlled: Tensor) -> None:
+    if control is not None and bool(controlled.any()):
+        drawn = control.draw(rows.start, rows.stop - rows.start, controlled).cpu()
+        xs[rows] = torch.where(controlled, drawn, xs[rows])
+
+
+def _controlled_mean(ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of y and its standard error, `[K]`, given samples `[n, K]` and controls of mean zero.
+
+    Each sample is corrected by a slope that is fitted to the others, so that the mean stays unbiased; without
+    controls the slope is zero.
+    """
+    n = len(ys)
+    if n < 2:
+        return ys.mean(dim=0), torch.full_like(ys[0], math.nan)
+    dx, dy = xs - xs.mean(dim=0), ys - ys.mean(dim=0)
+    left_out = n / (n - 1)
+    xx = dx.square().sum(dim=0) - left_out * dx.square()
+    xy = (dx * dy).sum(dim=0) - left_out * dx * dy
+    corrected = ys - xs * torch.where(xx > 0, xy / xx, 0.0)
+    mean = corrected.mean(dim=0)
+    return mean, ((corrected - mean).square().sum(dim=0) / (n - 1) / n).sqrt()

@@ -1,0 +1,158 @@
+"""Studies: what is expanded, what is refused, and that all mistakes are told together with their lines."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flatmin.errors import RequestError, StudyError
+from flatmin.orchestrator.study import builtin_names, read_study
+
+Write = Callable[..., Path]
+
+
+def problems(file: Path, *overrides: str) -> list[str]:
+    with pytest.raises(StudyError) as caught:
+        read_study(str(file), overrides)
+    return [line.replace(str(file), "FILE") for line in caught.value.problems]
+
+
+def test_grid_is_the_product_of_axes_and_seeds(write_study: Write) -> None:
+    study = read_study(str(write_study()))
+    assert [(m.settings["width"], m.settings["seed"]) for m in study.models] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    first = study.models[0].settings
+    assert first["lr"] == 0.05 and first["momentum"] == 0.9, "given and default settings are both there"
+    assert first["init_seed"] == first["order_seed"] == first["noise_seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "settings"),
+    [
+        ("lr=0.1", {"lr": {0.1}}),
+        ("lr=0.1,1e-2", {"lr": {0.1, 0.01}}),
+        ("width=8", {"width": {8}}),
+        ("milestones=[1,2]", {"milestones": {(1, 2)}}),
+        ("milestones=[1],[2,3]", {"milestones": {(1,), (2, 3)}}),
+        ("seeds=3", {"seed": {0, 1, 2}}),
+        ("seeds=4,7", {"seed": {4, 7}}),
+        ("seed=9", {"seed": {9}}),
+        ("network=mlp,resnet18_narrow", {"network": {"mlp", "resnet18_narrow"}}),
+        ("nesterov=true", {"nesterov": {True}}),
+    ],
+)
+def test_overrides(write_study: Write, override: str, settings: dict[str, set[object]]) -> None:
+    models = read_study(str(write_study()), [override]).models
+    for name, values in settings.items():
+        assert {model.settings[name] for model in models} == values
+
+
+def test_one_seed_may_differ_alone(write_study: Write) -> None:
+    models = read_study(str(write_study()), ["width=2", "seeds=1", "init_seed=5,6"]).models
+    assert [(m.settings["seed"], m.settings["init_seed"], m.settings["order_seed"]) for m in models] == [(0, 5, 0), (0, 6, 0)]
+
+
+def test_cases_are_grids_of_their_own(write_study: Write) -> None:
+    file = write_study(
+        "study: cases\n"
+        "settings: {dataset: digits, network: mlp, optimizer: sgd, epochs: 5}\n"
+        "axes: {width: [2, 4]}\n"
+        "cases:\n"
+        "  - settings: {lr: 0.1}\n"
+        "  - settings: {optimizer: adam, width: 8}\n"
+        "    axes: {lr: [0.01, 0.001]}\n"
+    )
+    found = [(m.settings["optimizer"], m.settings["width"], m.settings["lr"]) for m in read_study(str(file)).models]
+    assert found == [("sgd", 2, 0.1), ("sgd", 4, 0.1), ("adam", 8, 0.01), ("adam", 8, 0.001)]
+
+
+def test_a_setting_only_some_plugins_take_makes_no_double(write_study: Write) -> None:
+    """`momentum` means nothing to adam, so adam's models do not multiply with it."""
+    models = read_study(str(write_study()), ["optimizer=sgd,adam", "momentum=0,0.9", "width=2", "seeds=1"]).models
+    assert sorted(m.settings["optimizer"] for m in models) == ["adam", "sgd", "sgd"]
+    assert len({m.model_id for m in models}) == 3
+
+
+def test_all_mistakes_are_told_together_with_line_value_and_nearest(write_study: Write) -> None:
+    file = write_study(
+        "study: wrong\n"
+        "sorce: x\n"
+        "settings:\n"
+        "  dataset: digitz\n"
+        "  network: mlp\n"
+        "  optimizer: samm-sgd\n"
+        "  lr: -1\n"
+        "  lable_noise: 0.1\n"
+        "  label_noise: 1.5\n"
+        "  epochs: many\n"
+        "axes:\n"
+        "  width: [-1, 2]\n"
+        "  batch_size: []\n"
+        "measures: [lpff, 'lpf(sigmma=1)']\n"
+    )
+    told = problems(file)
+    expected = [
+        "FILE:2: sorce: there is no such field. Did you mean 'source'?",
+        "FILE:4: settings.dataset: 'digitz': there is no dataset 'digitz'. Did you mean 'digits'?",
+        "FILE:6: settings.optimizer: 'samm-sgd': there is no optimizer 'samm-sgd'. Did you mean 'sam-sgd'?",
+        "FILE:8: settings.lable_noise: no plug-in of this study takes it. Did you mean 'label_noise'?",
+        "FILE:9: settings.label_noise: 1.5: should be less than or equal to 1 (float)",
+        "FILE:12: axes.width: -1: should be greater than or equal to 1 (int)",
+        "FILE:13: axes.batch_size: []: an axis needs at least one value",
+        "FILE:14: measures.0: there is no measure 'lpff'. Did you mean 'lpf'?",
+        "FILE:14: measures.1: lpf does not take 'sigmma'. Did you mean 'sigma'?",
+    ]
+    for line in expected:
+        assert line in told
+    assert any(line.startswith("FILE:10: settings.epochs: 'many'") for line in told)
+    assert len(told) == len(expected) + 1
+
+
+def test_mistakes_on_the_command_line(write_study: Write) -> None:
+    told = problems(write_study(), "lrr=1", "width=0", "batch_size=", "nonsense", "seeds=0")
+    assert "command line: lrr: no plug-in of this study takes it. Did you mean 'lr'?" in told
+    assert "command line: width: 0: should be greater than or equal to 1 (int)" in told
+    assert "command line: batch_size=: an axis needs at least one value" in told
+    assert "command line: 'nonsense' should read setting=value or setting=value,value" in told
+    assert any(line.startswith("command line: seeds") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: [", "not YAML"),
+        ("just text", "a study is a mapping"),
+        ("settings: {dataset: digits}", "missing"),
+        ("study: x\nsettings: {network: mlp, optimizer: sgd}", "missing 'dataset'; there are: digits"),
+        ("study: x\nsettings: {dataset: digits}\nsettings: {network: mlp}", "given twice"),
+        ("study: Bad Name\nsettings: {dataset: digits, network: mlp, optimizer: sgd}", "'Bad Name'"),
+        ("study: x\nsettings: {dataset: digits, network: mlp, optimizer: sgd, lr: 1}\naxes: {lr: [1]}", "both a setting and an axis"),
+    ],
+)
+def test_malformed_studies(write_study: Write, text: str, message: str) -> None:
+    assert any(message in line for line in problems(write_study(text)))
+
+
+def test_unknown_studies_name_the_nearest() -> None:
+    with pytest.raises(RequestError, match="Did you mean 'digits-double-descent'"):
+        read_study("digits-duoble-descent")
+    with pytest.raises(RequestError, match=r"no study file 'nowhere\.yaml'"):
+        read_study("nowhere.yaml")
+
+
+@pytest.mark.parametrize(("name", "count"), [("digits-double-descent", 70), ("digits-sharpness", 216), ("digits-label-noise", 50)])
+def test_builtin_studies(name: str, count: int) -> None:
+    assert name in builtin_names()
+    assert len(read_study(name).models) == count
+
+
+def test_planning_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from flatmin.orchestrator.plan import make_plan; from flatmin.orchestrator.study import read_study;"
+        "make_plan(read_study('digits-sharpness')); print({'torch', 'ray'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
