@@ -89,7 +89,8 @@ def sentence(curve: pd.DataFrame) -> str:
     rows = curve.sort_values("x")
     axis, what = str(rows["axis"].iloc[0]), str(rows["quantity"].iloc[0]).replace("_", " ").capitalize()
     models = int(rows["n"].min())
-    each = f"{models} model{'s' if models > 1 else ''}{'' if models == rows['n'].max() else ' or more'} at each {axis}"
+    more = "" if models == rows["n"].max() else " or more"
+    each = f"{models} model{'s' if models > 1 else ''}{more} at each {axis}"
     peak = find_peak(rows)
     if peak is None or peak.clear is False:
         low = rows.iloc[int(np.argmin(rows["mean"].to_numpy()))]

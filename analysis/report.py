@@ -207,7 +207,7 @@ def _correlation_table(result: Correlations | None, reason: str) -> str:
         "Spearman",
         "Pearson",
     ]
-    dropped = "; ".join(f"{count} rows: {reason}" for reason, count in result.dropped.items())
+    dropped = "; ".join(f"{reason} ({count})" for reason, count in result.dropped.items())
     notes = [f"Target: {result.target}. τ, Spearman and Pearson on seed means."]
     notes += [f"Left out: {dropped}."] if dropped else []
     notes += [f"{note}." for note in result.notes]

@@ -121,7 +121,7 @@ class Engine:
         """
         points = self.params if params is None else params.to(self.params.dtype)
         result = self._undefined(len(self))
-        for index in self._chosen(active).split(self._rows):
+        for index in torch.split(self._chosen(active), self._rows):
             result[index] = self._mean_loss(points[index], index)
         return result
 
@@ -136,7 +136,7 @@ class Engine:
         models = self._chosen(active)
         result = self._undefined(len(displacements), len(self))
         at_once = max(1, self._rows // max(1, len(models)))
-        for index in models.split(self._rows):
+        for index in torch.split(models, self._rows):
             for first in range(0, len(displacements), at_once):
                 moves = displacements[first : first + at_once, index]
                 points = (self.params[index] + moves.double()).to(self.params.dtype)

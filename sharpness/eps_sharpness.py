@@ -5,7 +5,7 @@ metric: t is the distance as the balanced network sees it. Source: Bisla et al. 
 0.1, 1 / (eta ||grad||) with a bisection for eta); they follow Keskar et al. 2017.
 
 Where the loss crosses more than once, the crossing found is one before the first doubling of t that lies
-above; t starts at half of what the quadratic model of the loss along n predicts.
+above: t starts at half of what the quadratic model of the loss along n predicts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flatmin.settings import Setting
 from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate
 
-_MOST_DOUBLINGS = 100
+_MOST_DOUBLINGS = 64
 _TOO_FAR = 1e3
 
 
@@ -42,7 +42,8 @@ def eps_sharpness(
 
     Deterministic: `stderr` is the width that the root finder's bracket leaves. A zero gradient, a loss that
     is not finite, or one that never rises by epsilon make it undefined; a loss beyond w that is not finite
-    counts as having risen. `samples` are losses along the line.
+    is too far, and a search that ends between a finite and such a loss finds nothing. `samples` are losses
+    along the line.
 
     Args:
         engine: The models.
@@ -63,10 +64,11 @@ def eps_sharpness(
             args=(rows,),
             tolerances={"xrtol": tolerance / 2, "xatol": 0.0},
         )
-        left, right = root.bracket
-        width = np.abs(right - left)
-        value[rows], stderr[rows] = 1.0 / root.x, width / root.x**2
-        converged[rows] = root.success
+        real = np.maximum(*root.f_bracket) < _TOO_FAR * epsilon
+        width = np.abs(root.bracket[1] - root.bracket[0])
+        value[rows] = np.where(real, 1.0 / root.x, np.nan)
+        stderr[rows] = np.where(real, width / root.x**2, np.nan)
+        converged[rows] = real & root.success
     passes = LOSS_PASSES * (1 + line.evaluations) + GRADIENT_PASSES + PRODUCT_PASSES
     made = (value, stderr, line.evaluations, passes.astype(float), converged)
     return Estimate(*(torch.from_numpy(array) for array in made))
@@ -111,8 +113,7 @@ class _Line:
 def _bracket(
     line: _Line, start: NDArray[np.float64], defined: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Double the distance until the loss has risen by epsilon; return where it had not, where it has, and
-    if."""
+    """Double the distance until the loss has risen; return where it had not, where it has, and if."""
     low, high, found = np.zeros_like(start), start.copy(), np.zeros_like(defined)
     open_rows = np.flatnonzero(defined)
     for _ in range(_MOST_DOUBLINGS):

@@ -61,7 +61,7 @@ class Krylov:
         value, residual = (torch.full_like(self.d[:, 0], torch.nan) for _ in range(2))
         own = self.lengths.clamp(max=length)
         sound = active & (own > 0) & self.alpha.isfinite().all(dim=1) & self.beta.isfinite().all(dim=1)
-        for size in own[sound].unique().tolist():
+        for size in sorted(set(own[sound].tolist())):
             rows = torch.nonzero(sound & (own == size)).flatten()
             alpha, beta = self.alpha[rows, :size], self.beta[rows, :size]
             beside = beta[:, :-1]
@@ -83,8 +83,7 @@ class Krylov:
         return z.transpose(0, 1)
 
     def quadratic(self, vectors: Tensor, length: int) -> Tensor:
-        """Return z^T D H D z for the part of vectors z `[S, K, d]` in the first `length` vectors, `[S,
-        K]`."""
+        """Return z^T D H D z for the part of z `[S, K, d]` in the first `length` vectors, `[S, K]`."""
         z = vectors.transpose(0, 1)
         c = torch.cat([z @ block.mT for block in self._blocks], dim=2)[:, :, :length]
         across = 2 * (self.beta[:, None, : length - 1] * c[:, :, :-1] * c[:, :, 1:]).sum(dim=2)

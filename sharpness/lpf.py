@@ -71,8 +71,7 @@ def lpf(
 
 
 def _expansion(engine: Engine, sigma: float, metric: Metric) -> Draw:
-    """Return the loss's expansion to second order along the same draws, less its mean, as a control
-    variate."""
+    """Return the loss's expansion to second order along the same draws, less its mean."""
 
     def draw(first: int, count: int, active: Tensor) -> Tensor:
         spaces, slope = krylov(engine, metric), sigma * engine.scale(metric) * engine.gradient()

@@ -84,7 +84,7 @@ def test_everything_is_there(written: Page) -> None:
     expected = ["fake-double-descent", "Source: Nobody et al. 2026", "66 models", "1 diverged"]
     for words in [*expected, "torch 2.9.0", "commit abc1234"]:
         assert words in written.text
-    assert "Left out" not in written.text.replace("Left out: 1 rows: status diverged.", "")
+    assert written.text.count("Left out") == written.text.count("Left out: status diverged (1).") == 1
 
 
 def test_nothing_is_fetched(written: Page) -> None:
