@@ -145,10 +145,8 @@ def _headline(
 
 
 def _seconds(models: pd.DataFrame) -> float:
-    """Wall-clock seconds: the models of one trial train at the same time, so its longest one counts."""
-    seconds = pd.Series(frames.numeric(models, "seconds", role="report"), index=models.index)
-    trial = models["trial_id"] if "trial_id" in models.columns else models["model_id"]
-    return float(seconds.groupby(trial).max().sum())
+    """Wall-clock seconds of all stacks: each model's `seconds` is its share of its stack's."""
+    return float(pd.Series(frames.numeric(models, "seconds", role="report")).sum())
 
 
 def _duration(seconds: float) -> str:

@@ -55,9 +55,14 @@ def estimate(trials: Sequence[Trial]) -> Estimate:
 
 
 def program_costs(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return `flatmin.trainables.cost.cost` of every program, computed in a process of its own."""
-    if not programs:
-        return []
+    """Return `flatmin.trainables.cost.cost` of every program.
+
+    A process that has not loaded torch has it computed by one of its own, and stays small.
+    """
+    if "torch" in sys.modules:
+        from flatmin.trainables.cost import cost
+
+        return [cost(program) for program in programs]
     finished = subprocess.run(
         [sys.executable, "-m", "flatmin.trainables.cost"],
         input=json.dumps([dict(program) for program in programs]),

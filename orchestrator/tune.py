@@ -15,10 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 
 from flatmin.errors import RequestError
 from flatmin.lease import Lease
@@ -151,14 +152,23 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
     def _failed(self, trial: Any, *, final: bool) -> None:
         job = self._job(trial)
-        error = trial.get_pickled_error() or trial.get_error()
-        cause = getattr(error, "cause", None) or error
+        error = _last_error(trial)
+        line = error_line(getattr(error, "cause", None) or error)
         self._failures[job.trial.trial_id] += 1
-        record_failure(self._results, job, error_line(cause), str(error))
-        self._monitor.failed(job, error_line(cause), final=final)
+        record_failure(self._results, job, line, str(error))
+        self._monitor.failed(job, line, final=final)
 
     def _job(self, trial: Any) -> Job:
         return self._jobs[trial.config["job"]]
+
+
+def _last_error(trial: Any) -> BaseException:
+    """Return what ended a Tune trial's last attempt; read where Tune writes it, before it is copied on."""
+    if trial.pickled_error_file and Path(trial.pickled_error_file).exists():
+        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        return error
+    text = Path(trial.error_file).read_text() if trial.error_file and Path(trial.error_file).exists() else ""
+    return RuntimeError(text.strip() or "the worker ended without a word")
 
 
 @contextlib.contextmanager

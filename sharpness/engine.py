@@ -27,7 +27,7 @@ reverse over reverse there and back twice. A kept graph makes a product cheaper 
 
 _ACTIVATION_BYTES = {"cpu": 4 * 2**20}
 _VECTOR_BYTES = {"cpu": 2 * 2**20}
-_DEVICE_BYTES = 2**30
+_DEVICE_BYTES = 2**28
 """What goes through at once: on a CPU what stays in its cache, which is worth 1.5x there; elsewhere
 plenty."""
 

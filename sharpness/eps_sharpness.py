@@ -2,7 +2,7 @@
 
 eps_sharpness = 1 / t with L(w + D t n) - L(w) = epsilon, n = D grad / ||D grad||, in inverse units of the
 metric: t is the distance as the balanced network sees it. Source: Bisla et al. 2022, section 3 (epsilon =
-0.1, 1 / (eta ||grad||) with a bisection for eta); they follow Keskar et al. 2017.
+0.1, 1 / (eta ||grad||) with a bisection for eta).
 
 Where the loss crosses more than once, the crossing found is one before the first doubling of t that lies
 above: t starts at half of what the quadratic model of the loss along n predicts.

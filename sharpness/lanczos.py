@@ -3,7 +3,7 @@
 q_1 random;  z = D H D q_j;  alpha_j = q_j . z;  z is made orthogonal to all q, twice;  beta_j = |z|;
 q_{j+1} = z / beta_j. Then Q^T D H D Q = T is tridiagonal, and a Ritz pair T s = theta s has the residual
 beta_m |s_m|: some eigenvalue lies within that of theta. Source: Lanczos 1950; Parlett, The Symmetric
-Eigenvalue Problem, 1980, chapters 6.9 (full reorthogonalisation) and 4.5 (the bound).
+Eigenvalue Problem, 1980 (full reorthogonalisation, residual bounds).
 """
 
 from __future__ import annotations

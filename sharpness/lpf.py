@@ -1,7 +1,7 @@
 """LPF: the training loss seen through a Gaussian low-pass filter.
 
 lpf = E_u[L(w + D u)] with u ~ N(0, sigma^2 I), in nats; L(w) is not subtracted. Source: Bisla, Wang and
-Choromanska 2022, eq. 5; they average 100 draws on the balanced network, with sigma = 0.01 (section 3) or
+Choromanska 2022, section 3; they average 100 draws on the balanced network, with sigma = 0.01 (section 3) or
 0.002 (comparison of optimizers).
 
 Here draws are averaged until the standard error is a small part of the value. Where that would take long, the
