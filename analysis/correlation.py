@@ -171,9 +171,7 @@ def numeric_target(table: pd.DataFrame, target: str) -> Floats:
     if np.isnan(goal).all():
         raise RequestError(f"target: column '{target}' is null for all {len(goal)} models that count.")
     if len(goal) > 1 and np.nanmin(goal) == np.nanmax(goal):
-        raise RequestError(
-            f"target: column '{target}' is constant ({np.nanmin(goal):g}), so nothing can be ranked."
-        )
+        raise RequestError(f"target: column '{target}' is constant ({np.nanmin(goal):g}), so nothing can be ranked.")
     return goal
 
 
@@ -227,9 +225,7 @@ def _configurations(table: pd.DataFrame, axes: Sequence[str], seeds: set[str]) -
     return np.arange(len(table), dtype=np.int64)
 
 
-def _one(
-    values: Floats, goal: Floats, configs: npt.NDArray[np.int64], resamples: int, seed: int
-) -> MeasureCorrelation:
+def _one(values: Floats, goal: Floats, configs: npt.NDArray[np.int64], resamples: int, seed: int) -> MeasureCorrelation:
     means = pd.DataFrame({"x": values, "y": goal}).groupby(configs).mean()
     x, y = means["x"].to_numpy(), means["y"].to_numpy()
     low, high = _interval(x, y, resamples, seed)

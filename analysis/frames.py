@@ -52,18 +52,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise RequestError(f"{path}: no such file.{nearest(str(path), beside) if beside else ''}")
     reader = _READERS.get(".parquet" if path.is_dir() else path.suffix.lower())
     if reader is None:
-        raise RequestError(
-            f"{path}: cannot read {path.suffix or 'a file without ending'}. Valid: .csv, .parquet."
-        )
+        raise RequestError(f"{path}: cannot read {path.suffix or 'a file without ending'}. Valid: .csv, .parquet.")
     try:
         frame = reader(path)
-    except (
-        Exception
-    ) as problem:  # the parsers raise errors of several libraries, all of which mean "not a table"
+    except Exception as problem:  # the parsers raise errors of several libraries, all of which mean "not a table"
         reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise RequestError(
-            f"{path}: not a readable {path.suffix or 'Parquet'} table ({reason})."
-        ) from problem
+        raise RequestError(f"{path}: not a readable {path.suffix or 'Parquet'} table ({reason}).") from problem
     if frame.empty:
         raise RequestError(f"{path}: the table has no rows.")
     return frame
@@ -114,9 +108,7 @@ def numeric(frame: pd.DataFrame, column: str, *, role: str) -> npt.NDArray[np.fl
     try:
         numbers = pd.to_numeric(values)
     except (ValueError, TypeError):
-        example = next(
-            value for value in values if isinstance(value, str) or not pd.api.types.is_scalar(value)
-        )
+        example = next(value for value in values if isinstance(value, str) or not pd.api.types.is_scalar(value))
         raise RequestError(f"{role}: column '{column}' is not numeric (it holds {example!r}).") from None
     array = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
     return np.where(np.isfinite(array), array, np.nan)

@@ -81,9 +81,7 @@ def report(
     return path
 
 
-def _correlations(
-    models: pd.DataFrame, sharpness: pd.DataFrame, target: str
-) -> tuple[Correlations | None, str]:
+def _correlations(models: pd.DataFrame, sharpness: pd.DataFrame, target: str) -> tuple[Correlations | None, str]:
     if sharpness.empty:
         return None, "no measure was taken."
     try:
@@ -105,9 +103,7 @@ def _execution(models: pd.DataFrame) -> dict[str, list[str]]:
             continue
         versions = facts.get("versions")
         pairs = list(versions.items()) if isinstance(versions, dict) else []
-        pairs += [
-            (key, facts[key]) for key in ("commit", "compile", "stack_size") if facts.get(key) is not None
-        ]
+        pairs += [(key, facts[key]) for key in ("commit", "compile", "stack_size") if facts.get(key) is not None]
         for key, value in pairs:
             found.setdefault(str(key), set()).add(str(value))
     return {key: sorted(values) for key, values in sorted(found.items())}
@@ -119,9 +115,7 @@ def _header(study: Mapping[str, object]) -> str:
     return f"<header><h1>{page.text(study.get('study') or 'study')}</h1>{about}{source}</header>"
 
 
-def _headline(
-    models: pd.DataFrame, facts: dict[str, list[str]], planned: int | None, failed: int | None
-) -> str:
+def _headline(models: pd.DataFrame, facts: dict[str, list[str]], planned: int | None, failed: int | None) -> str:
     counts = models["status"].value_counts() if "status" in models.columns else pd.Series(dtype=int)
     tiles: list[tuple[object, str]] = [(len(models), "models" if planned is None else f"of {planned} models")]
     tiles += [(int(counts.get(status, 0)), status) for status in frames.STATUSES]
@@ -132,14 +126,11 @@ def _headline(
     for column, word in (("host", "host"), ("device", "device")):
         if column in models.columns and models[column].notna().any():
             values = sorted(models[column].dropna().astype(str).unique())
-            tiles.append(
-                (values[0] if len(values) == 1 else len(values), word if len(values) == 1 else f"{word}s")
-            )
+            tiles.append((values[0] if len(values) == 1 else len(values), word if len(values) == 1 else f"{word}s"))
     if "torch" in facts:
         tiles.append((", ".join(facts["torch"]), "torch"))
     items = "".join(
-        f"<li><strong>{page.text(value)}</strong> <span>{page.text(word)}</span></li>"
-        for value, word in tiles
+        f"<li><strong>{page.text(value)}</strong> <span>{page.text(word)}</span></li>" for value, word in tiles
     )
     return f'<ul class="headline">{items}</ul>'
 
@@ -191,8 +182,7 @@ def _correlation_table(result: Correlations | None, reason: str) -> str:
     ):
         interval = "–" if one.tau_low is None else f"[{one.tau_low:.3f}, {one.tau_high:.3f}]"
         numbers = [
-            "–" if value is None else f"{value:.3f}"
-            for value in (one.tau, one.tau_rows, one.spearman, one.pearson)
+            "–" if value is None else f"{value:.3f}" for value in (one.tau, one.tau_rows, one.spearman, one.pearson)
         ]
         rows.append([name, numbers[0], interval, one.n, one.n_configs, *numbers[1:]])
     header = [

@@ -161,9 +161,7 @@ def _against(models: pd.DataFrame, sharpness: pd.DataFrame) -> Section | str:
     )
     caption += _some_of(models, by, against_axis.MOST_LINES)
     heading = f"Errors and measures against {axis}"
-    return Section(
-        "against-axis", heading, caption, against_axis.draw(data), data, tuple(filter(None, findings))
-    )
+    return Section("against-axis", heading, caption, against_axis.draw(data), data, tuple(filter(None, findings)))
 
 
 def _scatter(models: pd.DataFrame, sharpness: pd.DataFrame, target: str) -> Section | str:
@@ -196,9 +194,7 @@ def _correlations(result: Correlations | None) -> Section | str:
         "bootstrap that resamples configurations. Look for intervals clear of zero. All configurations are "
         "pooled, so a setting that moves both the measure and the gap shows as correlation."
     )
-    return Section(
-        "correlations", f"Rank correlation with {result.target}", caption, correlations.draw(data), data
-    )
+    return Section("correlations", f"Rank correlation with {result.target}", caption, correlations.draw(data), data)
 
 
 def _training(epochs: pd.DataFrame, models: pd.DataFrame) -> Section | str:

@@ -35,9 +35,7 @@ class Optimizer:
         self._make()
 
     def _make(self) -> None:
-        *rules, base = [
-            part.load()(**{key: self._values[key] for key in part.arguments}) for part in self._parts
-        ]
+        *rules, base = [part.load()(**{key: self._values[key] for key in part.arguments}) for part in self._parts]
         self._base: Base = base
         self._rule: Rule = rules[0] if rules else _plain
 

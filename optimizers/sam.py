@@ -17,7 +17,13 @@ from flatmin.settings import Setting
 def sam(
     *,
     rho: Annotated[
-        float, Setting(about="Radius of the SAM family's neighbourhood.", unit="L2 norm of the weights", ge=0, per_model=True)
+        float,
+        Setting(
+            about="Radius of the SAM family's neighbourhood.",
+            unit="L2 norm of the weights",
+            ge=0,
+            per_model=True,
+        ),
     ] = 0.05,
 ) -> Rule:
     """Sharpness-aware minimisation."""

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -14,8 +15,19 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
-from flatmin.errors import FlatminError, LeaseLost, RequestError
+from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestError
+
+class _WithSettings(TyperCommand):
+    """A command whose help ends with every setting, read from the plug-ins' signatures."""
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+        """Write the settings below the options."""
+        from flatmin.reference import plain
+
+        formatter.write(f"\n{plain()}\n")
+
 
 app = typer.Typer(
     name="flatmin-sweep",
@@ -28,7 +40,8 @@ app = typer.Typer(
 
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A built-in study's name, or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SETTING=VALUE[,VALUE]]...", help="Settings; several values make an axis.")
+    list[str] | None,
+    typer.Argument(metavar="[SETTING=VALUE[,VALUE]]...", help="Settings; several values make an axis."),
 ]
 ResultsOption = Annotated[str, typer.Option("--results", help="The results directory.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -44,15 +57,23 @@ def studies(as_json: JsonOption = False) -> None:
     for name in builtin_names():
         study = read_study(name)
         rows.append(
-            {"name": name, "models": len(study.models), "source": study.file.source, "about": study.file.about}
+            {
+                "name": name,
+                "models": len(study.models),
+                "source": study.file.source,
+                "about": study.file.about,
+            }
         )
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    _print_table(["name", "models", "about", "source"], [[row[key] for key in ("name", "models", "about", "source")] for row in rows])
+    _print_table(
+        ["name", "models", "about", "source"],
+        [[row[key] for key in ("name", "models", "about", "source")] for row in rows],
+    )
 
 
-@app.command()
+@app.command(cls=_WithSettings)
 def plan(
     study: StudyArgument,
     overrides: Overrides = None,
@@ -69,34 +90,50 @@ def plan(
     planned = make_plan(checked, _stack(models_per_trial))
     cost = estimate(planned.trials)
     seconds = None if cost.problem else sum(second or 0.0 for second in cost.seconds)
-    trials = [
-        {
-            "trial_id": trial.trial_id,
-            "model_ids": [model.model_id for model in trial.models],
-            "settings": _shared(trial),
-        }
-        for trial in planned.trials
-    ]
+    shared = [_shared(trial) for trial in planned.trials]
     if as_json:
+        trials = [
+            {
+                "trial_id": trial.trial_id,
+                "model_ids": [model.model_id for model in trial.models],
+                "settings": settings,
+            }
+            for trial, settings in zip(planned.trials, shared, strict=True)
+        ]
         models = [{"model_id": model.model_id, "settings": dict(model.settings)} for model in checked.models]
-        content = {"study": planned.study, "models": models, "trials": trials, "bytes": cost.bytes, "device_seconds": seconds}
+        content = {
+            "study": planned.study,
+            "models": models,
+            "trials": trials,
+            "bytes": cost.bytes,
+            "device_seconds": seconds,
+        }
         print(json.dumps(content, indent=2))
         return
-    varying = _varying([trial["settings"] for trial in trials])
+    varying = _varying(shared)
     rows = [
-        [trial["trial_id"], len(trial["model_ids"]), *(trial["settings"].get(name, "") for name in varying), _about(second)]
-        for trial, second in zip(trials, cost.seconds, strict=True)
+        [
+            trial.trial_id,
+            len(trial.models),
+            *(settings.get(name, "") for name in varying),
+            _about(second),
+        ]
+        for trial, settings, second in zip(planned.trials, shared, cost.seconds, strict=True)
     ]
     _print_table(["trial_id", "models", *varying, "device time"], rows)
     sizes = sorted({len(trial.models) for trial in planned.trials})
     print(
-        f"{planned.study}: {len(planned.models)} models in {len(trials)} trials of {_span(sizes)} models; "
-        + (f"estimate: none, {cost.problem}" if seconds is None else f"about {duration(seconds)} of device time, {(cost.bytes or 0) / 1e6:.1f} MB")
+        f"{planned.study}: {len(planned.models)} models in {len(planned.trials)} trials of {_span(sizes)} models; "
+        + (
+            f"estimate: none, {cost.problem}"
+            if seconds is None
+            else f"about {duration(seconds)} of device time, {(cost.bytes or 0) / 1e6:.1f} MB"
+        )
     )
     print(f"measures: {', '.join(checked.measures) or 'none'}")
 
 
-@app.command()
+@app.command(cls=_WithSettings)
 def launch(
     study: StudyArgument,
     results: ResultsOption,
@@ -141,7 +178,10 @@ def launch(
         console.print(f"all {done.planned} models are there; nothing was trained", highlight=False)
     else:
         measured = f", {done.measured} measured from saved weights" if done.measured else ""
-        console.print(f"{done.trained} models trained{measured}, {done.remaining} of {done.planned} remain", highlight=False)
+        console.print(
+            f"{done.trained} models trained{measured}, {done.remaining} of {done.planned} remain",
+            highlight=False,
+        )
     if done.remaining:
         reason = "the time budget is spent" if done.out_of_time else "see the table failures"
         console.print(f"[yellow]{reason}; run the same command to go on", highlight=False)
@@ -159,7 +199,7 @@ def status(results: ResultsOption, as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    shown = dict(found)
+    shown: dict[str, object] = dict(found)
     shown["models_per_minute"] = "" if found["models_per_minute"] is None else f"{found['models_per_minute']:.1f}"
     shown["eta_seconds"] = "" if found["eta_seconds"] is None else duration(found["eta_seconds"])
     _print_table(["", ""], [[name.replace("_seconds", ""), value] for name, value in shown.items()])
@@ -202,14 +242,18 @@ def measure(
     if not labels:
         raise RequestError("--measures: name at least one measure")
     console = Console(stderr=True)
-    done = measure_saved(results, labels, LaunchOptions(run=RunOptions(max_failures=max_failures), inline=inline), console)
+    done = measure_saved(
+        results, labels, LaunchOptions(run=RunOptions(max_failures=max_failures), inline=inline), console
+    )
     console.print(f"{done.measured} models measured, {done.remaining} remain", highlight=False)
     raise typer.Exit(done.exit_code)
 
 
 @app.command()
 def correlate(
-    table: Annotated[str, typer.Argument(metavar="TABLE_OR_RESULTS", help="A CSV or Parquet file, or a results directory.")],
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE_OR_RESULTS", help="A CSV or Parquet file, or a results directory.")
+    ],
     target: Annotated[str, typer.Option(help="What the measures should predict.")] = "gen_gap",
     axes: Annotated[str | None, typer.Option(help="Settings that tell configurations apart.")] = None,
     measures: Annotated[str | None, typer.Option(help="Columns or labels to correlate.")] = None,
@@ -226,14 +270,15 @@ def correlate(
         axes=None if axes is None else split_list(axes),
         measures=None if measures is None else split_list(measures),
         seed_column=seed_column,
-    ).to_json()
+    )
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found.to_json(), indent=2))
         return
     keys = ["tau", "tau_low", "tau_high", "n", "n_configs", "tau_rows", "spearman", "pearson"]
-    rows = [[name, *(_short(values[key]) for key in keys)] for name, values in found["measures"].items()]
+    rows = [[name, *(_short(getattr(values, key)) for key in keys)] for name, values in found.measures.items()]
     _print_table(["measure", *keys], rows)
-    print(f"target {found['target']}; axes {', '.join(found['axes']) or 'none'}; n {found['n']}; dropped {found['dropped']}")
+    axes_used = ", ".join(found.axes) or "none"
+    print(f"target {found.target}; axes {axes_used}; n {found.n}; dropped {dict(found.dropped)}")
 
 
 @app.command()
@@ -326,8 +371,21 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _tell_warnings() -> None:
+    """Tell the user, once, of every file that is left out; other warnings are for developers."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, CorruptFileWarning) and str(message) not in told:
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+
+
 def main() -> None:
     """Run the command line; every mistake of the caller's ends in a line, not in a traceback."""
+    _tell_warnings()
     try:
         app()
     except LeaseLost as error:
@@ -336,7 +394,3 @@ def main() -> None:
     except FlatminError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
+import logging
 import shutil
 import sys
 import tempfile
@@ -64,13 +64,12 @@ def _run(name: str, look: Callable[[], str], mend: str) -> Check:
 
 
 def _ray() -> str:
-    import logging
-
     import ray
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        return f"a private cluster, {ray.get(ray.remote(os.getpid).remote()) > 0 and 'one task run'}"
+        ray.get(ray.remote(lambda: None).remote())
+        return "a private cluster ran a task"
     finally:
         ray.shutdown()
 

@@ -75,7 +75,9 @@ def _mark(node: yaml.Node, place: Place, lines: dict[Place, int], problems: list
             child = (*place, str(key.value))
             if child in lines:
                 field = ".".join(map(str, child))
-                problems.append(f"{source}:{key.start_mark.line + 1}: {field}: given twice (first on line {lines[child]})")
+                problems.append(
+                    f"{source}:{key.start_mark.line + 1}: {field}: given twice (first on line {lines[child]})"
+                )
             _mark(value, child, lines, problems, source)
             lines[child] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):

@@ -85,10 +85,11 @@ def trial_seconds(trial: Trial, cost: Mapping[str, Any]) -> float:
     evaluations = epochs / trial.program["eval_every"] * (cost["train_size"] + cost["test_size"])
     examples = 3 * epochs * cost["train_size"] + evaluations
     measuring = PASSES_PER_MEASURE * len(trial.measures) * cost["train_size"]
-    return steps * STEP_SECONDS + work * (examples + measuring) / FLOPS
+    seconds: float = steps * STEP_SECONDS + work * (examples + measuring) / FLOPS
+    return seconds
 
 
 def trial_bytes(trial: Trial, cost: Mapping[str, Any]) -> int:
     """Return the disk bytes that a trial leaves."""
-    rows = sum(model.settings["epochs"] // model.settings["eval_every"] + 1 for model in trial.models)
+    rows: int = sum(model.settings["epochs"] // model.settings["eval_every"] + 1 for model in trial.models)
     return len(trial.models) * (4 * int(cost["n_params"]) + MODEL_ROW_BYTES) + rows * EPOCH_ROW_BYTES

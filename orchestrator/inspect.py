@@ -62,7 +62,14 @@ def status(results: Results) -> Status:
         rate = new / minutes if new and minutes > 0 else None
     remaining = len(missing) - len(failed)
     eta = 0.0 if not remaining else remaining / rate * 60 if rate else None
-    return Status(len(planned), **by_status, failed=len(failed), remaining=remaining, models_per_minute=rate, eta_seconds=eta)
+    return Status(
+        len(planned),
+        **by_status,
+        failed=len(failed),
+        remaining=remaining,
+        models_per_minute=rate,
+        eta_seconds=eta,
+    )
 
 
 def _used_up(results: Results, max_failures: int) -> set[str]:
@@ -88,7 +95,9 @@ def query(results: Results, sql: str) -> pd.DataFrame:
         return frame
     except duckdb.Error as error:
         message = str(error).strip().splitlines()[0]
-        raise RequestError(f"{message}\nTables: {', '.join(TABLES)}, and the view wide.{_columns_hint(results, message)}") from None
+        raise RequestError(
+            f"{message}\nTables: {', '.join(TABLES)}, and the view wide.{_columns_hint(results, message)}"
+        ) from None
     finally:
         connection.close()
 

@@ -103,9 +103,7 @@ def launch(
             return _carry_out(directory, plan, options, console, lease)
 
 
-def measure_saved(
-    results: str | Path, measures: Sequence[str], options: LaunchOptions, console: Console
-) -> Launched:
+def measure_saved(results: str | Path, measures: Sequence[str], options: LaunchOptions, console: Console) -> Launched:
     """Compute measures of the models that are there, from their saved weights; train nothing.
 
     Args:
@@ -142,9 +140,7 @@ def setting_names(row: Mapping[str, Any]) -> list[str]:
     return [name for name in row if name in arguments or name in NAMES]
 
 
-def _carry_out(
-    results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease
-) -> Launched:
+def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease) -> Launched:
     before = what_is_missing(results, plan)
     out_of_time = _run(results, before, options, console, lease, len(plan.models))
     after = what_is_missing(results, plan)
@@ -196,9 +192,7 @@ def heal(results: Results, console: Console) -> None:
             results.remove(results.table_file("models", file.stem))
 
 
-def _run(
-    results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int
-) -> bool:
+def _run(results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int) -> bool:
     trials = [*todo.train, *todo.measure]
     if not trials:
         return False

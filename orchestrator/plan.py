@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from flatmin.orchestrator.study import Study
@@ -68,7 +69,7 @@ def program_key(model: Model, arguments: Mapping[str, Argument]) -> tuple[Any, .
 def _even_parts(models: Sequence[Model], largest: int) -> Iterable[Sequence[Model]]:
     parts = math.ceil(len(models) / largest)
     bounds = [round(part * len(models) / parts) for part in range(parts + 1)]
-    return [models[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [models[start:stop] for start, stop in pairwise(bounds)]
 
 
 @dataclass(frozen=True)

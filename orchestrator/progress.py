@@ -7,7 +7,14 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from flatmin.trial import Job
 
@@ -25,9 +32,7 @@ class Display:
         clock: Seconds that only go up.
     """
 
-    def __init__(
-        self, console: Console, total: int, done: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, console: Console, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.total, self.before, self.clock = console, total, done, clock
         self.ended: dict[str, int] = {}
         self.failed_attempts = 0

@@ -83,7 +83,9 @@ def uncommitted(results: Results, jobs: Sequence[Job]) -> list[Job]:
     left = []
     for job in jobs:
         if job.trial.committed_as:
-            done = all((model.model_id, label) in measured for model in job.trial.models for label in job.trial.measures)
+            done = all(
+                (model.model_id, label) in measured for model in job.trial.models for label in job.trial.measures
+            )
         else:
             done = job.trial.trial_id in trained
         if not done:

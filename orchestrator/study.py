@@ -184,7 +184,8 @@ def _drop(data: Any, place: Sequence[str | int]) -> None:
 def _pydantic_line(document: Document, place: Sequence[str | int], item: Any) -> str:
     where = document.where(place)
     if item["type"] == "extra_forbidden":
-        fields = {"resources": Resources, "cases": Case}.get(str(place[0]), StudyFile).model_fields
+        parts: dict[str, type[BaseModel]] = {"resources": Resources, "cases": Case}
+        fields = parts.get(str(place[0]), StudyFile).model_fields
         return f"{where}: there is no such field.{nearest(str(place[-1]), fields)}"
     if item["type"] == "missing":
         return f"{where}: missing"
@@ -282,7 +283,8 @@ def _expand(file: StudyFile, where: _Where, problems: list[str]) -> _Expansion:
         problems.extend(f"{where(grid.places[name])}: is both a setting and an axis" for name in both)
         before = len(problems)
         checkers = {
-            key: _Checker(arguments, grid, where, problems) for key, arguments in _programs(grid, where, problems).items()
+            key: _Checker(arguments, grid, where, problems)
+            for key, arguments in _programs(grid, where, problems).items()
         }
         complete = len(problems) == before
         known = set(NAMES).union(*(checker.arguments for checker in checkers.values()))

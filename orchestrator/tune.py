@@ -72,7 +72,9 @@ def trial_resources(options: RunOptions, available: dict[str, float]) -> dict[st
     if wanted > gpus:
         raise RequestError(f"--gpus-per-trial {wanted:g}: the cluster has {gpus:g} GPUs")
     if options.cpus_per_trial > available.get("CPU", 0.0):
-        raise RequestError(f"--cpus-per-trial {options.cpus_per_trial:g}: the cluster has {available.get('CPU', 0):g} CPUs")
+        raise RequestError(
+            f"--cpus-per-trial {options.cpus_per_trial:g}: the cluster has {available.get('CPU', 0):g} CPUs"
+        )
     return {"cpu": options.cpus_per_trial, "gpu": wanted}
 
 
@@ -159,7 +161,7 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._monitor.failed(job, line, final=final)
 
     def _job(self, trial: Any) -> Job:
-        return self._jobs[trial.config["job"]]
+        return self._jobs[int(trial.config["job"])]
 
 
 def _last_error(trial: Any) -> BaseException:
@@ -175,11 +177,16 @@ def _last_error(trial: Any) -> BaseException:
 def _cluster(address: str | None) -> Iterator[None]:
     """Join a cluster, or run a private one; leave it at the end."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    common = {"include_dashboard": False} if address is None else {}
-    if address is None:
-        common["num_cpus"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    private = address is None
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **common)
+        ray.init(
+            address=address or "local",
+            num_cpus=cpus if private else None,
+            include_dashboard=False if private else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
     try:

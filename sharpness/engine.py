@@ -96,9 +96,7 @@ class Engine:
         """Return an engine of some of the models, int64 `[n]`; each keeps its random stream."""
         buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
         batches = [batch.select(index) for batch in self.batches]
-        return Engine(
-            self.network, self.params[index], buffers, batches, self.keys[index], memory=self.memory
-        )
+        return Engine(self.network, self.params[index], buffers, batches, self.keys[index], memory=self.memory)
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what an earlier measure of this engine has made under a key, making it if none has."""

@@ -90,9 +90,7 @@ class _Line:
         """Return half the distance that the quadratic model predicts, and for which models there is one."""
         defined = (self.slope > 0) & self.slope.isfinite() & self.base.isfinite()
         along = torch.where(defined[:, None], self.direction, 0.0)
-        curvature = (
-            (along * self.engine.hvp(along, defined)).sum(dim=1).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
-        )
+        curvature = (along * self.engine.hvp(along, defined)).sum(dim=1).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
         distance = 2 * self.epsilon / (self.slope + (self.slope**2 + 2 * self.epsilon * curvature).sqrt())
         guess = torch.where(defined, distance / 2, 1.0)
         return guess.cpu().numpy(), (defined & guess.isfinite()).cpu().numpy()

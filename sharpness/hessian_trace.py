@@ -40,9 +40,7 @@ def hessian_trace(
         float,
         Setting(about="Standard error or error bound at which to stop.", unit="fraction of the value", gt=0),
     ] = 0.02,
-    max_samples: Annotated[
-        int, Setting(about="Most losses or Hessian-vector products of a model.", ge=2)
-    ] = 128,
+    max_samples: Annotated[int, Setting(about="Most losses or Hessian-vector products of a model.", ge=2)] = 128,
 ) -> Estimate:
     """Trace of the Hessian of the training loss.
 

@@ -41,9 +41,7 @@ def lpf(
         float,
         Setting(about="Standard error or error bound at which to stop.", unit="fraction of the value", gt=0),
     ] = 0.02,
-    max_samples: Annotated[
-        int, Setting(about="Most losses or Hessian-vector products of a model.", ge=2)
-    ] = 256,
+    max_samples: Annotated[int, Setting(about="Most losses or Hessian-vector products of a model.", ge=2)] = 256,
 ) -> Estimate:
     """Mean training loss under Gaussian noise in the weights (low-pass filter), in nats.
 

@@ -46,9 +46,7 @@ def scale(network: StackedNetwork, params: Tensor, metric: Metric) -> Tensor:
     for path, module in network.template.named_modules():
         prefix = f"{path}." if path else ""
         own = {
-            name: views[prefix + name]
-            for name, _ in module.named_parameters(recurse=False)
-            if prefix + name in views
+            name: views[prefix + name] for name, _ in module.named_parameters(recurse=False) if prefix + name in views
         }
         scales.update({prefix + name: value for name, value in _of_module(module, own).items()})
     return torch.cat([scales[name].expand_as(views[name]).flatten(1) for name in network.names], dim=1)

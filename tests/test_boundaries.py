@@ -224,14 +224,10 @@ def text_files() -> list[Path]:
         candidates = [
             file
             for file in ROOT.rglob("*")
-            if not any(
-                fnmatch.fnmatch(part, pattern) for part in file.relative_to(ROOT).parts for pattern in IGNORED
-            )
+            if not any(fnmatch.fnmatch(part, pattern) for part in file.relative_to(ROOT).parts for pattern in IGNORED)
         ]
     return sorted(
-        file
-        for file in candidates
-        if file.is_file() and not file.is_symlink() and b"\0" not in file.read_bytes()
+        file for file in candidates if file.is_file() and not file.is_symlink() and b"\0" not in file.read_bytes()
     )
 
 

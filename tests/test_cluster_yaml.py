@@ -40,8 +40,7 @@ def problems(config: Config) -> list[str]:
         "both starts raise the limit of open files": all(
             re.match(r"ulimit -n \d{5,}; ray start ", start[-1]) for start in (head_start, worker_start)
         ),
-        "the head starts the autoscaler": "--autoscaling-config=~/ray_bootstrap_config.yaml"
-        in head_start[-1],
+        "the head starts the autoscaler": "--autoscaling-config=~/ray_bootstrap_config.yaml" in head_start[-1],
         "workers join the head": "--address=$RAY_HEAD_IP:6379" in worker_start[-1],
         "the head runs no trial": head["resources"].get("CPU") == 0 and "--num-cpus=0" in head_start[-1],
         "the head is on demand": "InstanceMarketOptions" not in head["node_config"],
@@ -50,9 +49,7 @@ def problems(config: Config) -> list[str]:
             for worker in types.values()
         ),
         "no worker runs without a trial": all(worker["min_workers"] == 0 for worker in types.values()),
-        "workers are bounded": all(
-            0 < worker["max_workers"] <= config["max_workers"] for worker in types.values()
-        ),
+        "workers are bounded": all(0 < worker["max_workers"] <= config["max_workers"] for worker in types.values()),
         "one image, so one Python": len({node["node_config"]["ImageId"] for node in nodes}) == 1,
         "machines end with the cluster": config["provider"]["cache_stopped_nodes"] is False,
     }

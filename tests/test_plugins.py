@@ -40,9 +40,7 @@ def test_an_entry_point_adds_a_plugin_without_importing_it(tmp_path: Path, monke
     (tmp_path / "lion_module.py").write_text(LION)
     monkeypatch.syspath_prepend(str(tmp_path))
     point = metadata.EntryPoint("lion", "lion_module:lion", "flatmin.optimizers")
-    monkeypatch.setattr(
-        metadata, "entry_points", lambda group: [point] if group == "flatmin.optimizers" else []
-    )
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == "flatmin.optimizers" else [])
     found = plugins.listing("optimizer")["lion"]
     assert found.arguments["lr"].default == 1e-4
     assert found.arguments["lr"].setting.per_model
@@ -61,5 +59,5 @@ def test_two_plugins_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_unknown_names_give_the_nearest() -> None:
-    with pytest.raises(RequestError, match="no network 'mpl'. Did you mean 'mlp'"):
+    with pytest.raises(RequestError, match=r"no network 'mpl'\. Did you mean 'mlp'"):
         plugins.get("network", "mpl")

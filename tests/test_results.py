@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from flatmin import lease
-from flatmin.errors import LeaseLost, ResultsError
+from flatmin.errors import CorruptFileWarning, LeaseLost, ResultsError
 from flatmin.lease import Lease
-from flatmin.results import CorruptFileWarning, Results, write_atomically
+from flatmin.results import Results, write_atomically
 from flatmin.tables import TABLES, fixed_columns, schema, to_arrow
 
 
@@ -30,7 +30,10 @@ def model_row(model_id: str, trial_id: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_undefined_values_are_null_never_nan() -> None:
-    table = to_arrow([{"model_id": "a", "value": float("nan")}, {"model_id": "b", "value": float("inf")}], schema("sharpness"))
+    table = to_arrow(
+        [{"model_id": "a", "value": float("nan")}, {"model_id": "b", "value": float("inf")}],
+        schema("sharpness"),
+    )
     assert table["value"].to_pylist() == [None, None]
     assert table["value"].null_count == 2
 
@@ -44,10 +47,12 @@ def test_a_column_that_is_not_declared_is_refused() -> None:
 def test_columns_are_those_of_the_design(table: str) -> None:
     expected = {
         "plan": "model_id study planned_at",
-        "models": "model_id trial_id study status epochs_run n_params train_loss train_acc train_acc_clean val_loss val_acc "
-        "test_loss test_acc best_test_acc best_test_epoch gen_gap loss_gap label_flip_rate seconds device host started_at execution",
+        "models": "model_id trial_id study status epochs_run n_params train_loss train_acc train_acc_clean "
+        "val_loss val_acc test_loss test_acc best_test_acc best_test_epoch gen_gap loss_gap label_flip_rate seconds "
+        "device host started_at execution",
         "epochs": "model_id trial_id epoch train_loss train_acc val_loss val_acc test_loss test_acc lr seconds",
-        "sharpness": "model_id trial_id epoch measure label value stderr samples passes converged metric seconds settings",
+        "sharpness": "model_id trial_id epoch measure label value stderr samples passes converged metric seconds "
+        "settings",
         "spectra": "model_id trial_id epoch kind settings x y value",
         "failures": "model_id trial_id attempt host error traceback at",
     }[table]
@@ -67,7 +72,9 @@ def test_a_model_or_measure_written_twice_counts_once(results: Results) -> None:
     for trial in ("t1", "t2"):
         results.write("models", trial, [model_row("a", trial)])
     for name in ("t1", "t1-more"):
-        results.write("sharpness", name, [{"model_id": "a", "trial_id": "t1", "epoch": 1, "label": "lpf", "value": 2.0}])
+        results.write(
+            "sharpness", name, [{"model_id": "a", "trial_id": "t1", "epoch": 1, "label": "lpf", "value": 2.0}]
+        )
     assert len(results.models()) == 1
     assert len(results.sharpness()) == 1
 
@@ -148,7 +155,9 @@ def test_parquet_files_carry_the_types_of_the_settings(results: Results) -> None
     arguments = program_arguments({"dataset": "digits", "network": "mlp", "optimizer": "sgd"})
     results.write("models", "t1", [model_row("a", "t1", lr=1.0, width=3, milestones=(1, 2), nesterov=True)], arguments)
     read = pq.read_schema(results.table_file("models", "t1"))
-    kinds = {name: str(read.field(name).type) for name in ("lr", "width", "milestones", "nesterov", "schedule", "init_seed")}
+    kinds = {
+        name: str(read.field(name).type) for name in ("lr", "width", "milestones", "nesterov", "schedule", "init_seed")
+    }
     assert kinds == {
         "lr": "double",
         "width": "int64",
@@ -160,7 +169,11 @@ def test_parquet_files_carry_the_types_of_the_settings(results: Results) -> None
 
 
 def test_a_second_driver_is_told_who_owns_the_directory(results: Results) -> None:
-    with Lease(results), pytest.raises(ResultsError, match=f"in use by process {os.getpid()}"), Lease(results):
+    with (
+        Lease(results),
+        pytest.raises(ResultsError, match=f"in use by process {os.getpid()}"),
+        Lease(results),
+    ):
         pass
     with Lease(results):
         pass  # the first one gave it back
@@ -168,7 +181,8 @@ def test_a_second_driver_is_told_who_owns_the_directory(results: Results) -> Non
 
 def test_a_dead_drivers_lease_is_taken_over_and_its_workers_cannot_commit(results: Results) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from flatmin.results import Results; from flatmin.lease import Lease;"
+        "import os, sys; from pathlib import Path;"
+        "from flatmin.results import Results; from flatmin.lease import Lease;"
         "lease = Lease(Results(Path(sys.argv[1]))); lease.__enter__(); print(lease.token, flush=True); os._exit(9)"
     )
     died = subprocess.run([sys.executable, "-c", code, str(results.path)], capture_output=True, text=True, check=False)
@@ -181,7 +195,14 @@ def test_a_dead_drivers_lease_is_taken_over_and_its_workers_cannot_commit(result
 
 
 def test_a_lease_of_another_host_runs_out_with_its_heartbeat(results: Results) -> None:
-    content = {"token": "t", "host": "elsewhere", "pid": 1, "started_at": "2026-01-01T00:00:00+00:00", "max_failures": 0, "released": False}
+    content = {
+        "token": "t",
+        "host": "elsewhere",
+        "pid": 1,
+        "started_at": "2026-01-01T00:00:00+00:00",
+        "max_failures": 0,
+        "released": False,
+    }
     results.lease_file.write_text(json.dumps({**content, "heartbeat": time.time()}))
     with pytest.raises(ResultsError, match="on elsewhere"), Lease(results):
         pass

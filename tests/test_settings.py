@@ -34,7 +34,15 @@ def test_canonical_values(annotation: Any, given: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     ("annotation", "given"),
-    [(float, "many"), (float, True), (float, float("nan")), (float, float("inf")), (int, 1.5), (int, False), (tuple[int, ...], 3)],
+    [
+        (float, "many"),
+        (float, True),
+        (float, float("nan")),
+        (float, float("inf")),
+        (int, 1.5),
+        (int, False),
+        (tuple[int, ...], 3),
+    ],
 )
 def test_values_of_another_type_are_refused(annotation: Any, given: Any) -> None:
     with pytest.raises(ValueError, match=r"should|must"):
@@ -68,7 +76,10 @@ def settings(**changes: Any) -> dict[str, Any]:
     [
         ({}, "eb6167213a277a5f"),
         ({"lr": 0.003, "width": 128}, "3386331829586965"),
-        ({"seed": 4, "init_seed": 4, "order_seed": 4, "noise_seed": 4, "milestones": (3, 5)}, "1655612f2dee2f83"),
+        (
+            {"seed": 4, "init_seed": 4, "order_seed": 4, "noise_seed": 4, "milestones": (3, 5)},
+            "1655612f2dee2f83",
+        ),
     ],
 )
 def test_frozen_model_ids(changes: dict[str, Any], frozen: str) -> None:
@@ -79,7 +90,9 @@ def test_frozen_model_ids(changes: dict[str, Any], frozen: str) -> None:
 def test_id_ignores_the_order_of_keys_and_how_a_number_is_written() -> None:
     arguments = program_arguments(NAMES)
     one = settings(lr=arguments["lr"].canonical("1e-2"), width=arguments["width"].canonical("8"))
-    other = dict(reversed(settings(lr=arguments["lr"].canonical(0.01), width=arguments["width"].canonical(8.0)).items()))
+    other = dict(
+        reversed(settings(lr=arguments["lr"].canonical(0.01), width=arguments["width"].canonical(8.0)).items())
+    )
     assert model_id(one, arguments) == model_id(other, arguments)
 
 

@@ -67,9 +67,7 @@ def test_no_setting_takes_the_name_of_a_column() -> None:
 
 def test_no_setting_takes_the_name_of_a_measure() -> None:
     """`wide` has a column per measure label beside a column per setting."""
-    assert {argument.name for _, argument in declarations(OF_MODELS)} & set(
-        plugins.listing("measure")
-    ) == set()
+    assert {argument.name for _, argument in declarations(OF_MODELS)} & set(plugins.listing("measure")) == set()
 
 
 def test_settings_of_the_contract_exist() -> None:

@@ -158,7 +158,12 @@ def _measure_weights(
         torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
     )
     return [
-        {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"], **row}
+        {
+            "model_id": trial.models[k].model_id,
+            "trial_id": trial.trial_id,
+            "epoch": rows[k]["epochs_run"],
+            **row,
+        }
         for of_label in measure_stack(engine, trial.measures)
         for k, row in zip(kept, of_label, strict=True)
     ]

@@ -15,7 +15,7 @@ from flatmin.optimizers.compose import Optimizer
 from flatmin.plugins import get
 from flatmin.stack import StackedNetwork, Streams, permutation, stream_key
 from flatmin.stack.network import Buffers
-from flatmin.trainables.data import StackData, stack_data
+from flatmin.trainables.data import Split, StackData, stack_data
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.evaluation import Scores, evaluate
 from flatmin.trainables.training import Recipe
@@ -103,9 +103,7 @@ class StackTrainer:
         self.device = torch.device(execution.device)
         names = get("training", "training").arguments
         entry = get("training", "training").load()
-        self.recipes: list[Recipe] = [
-            entry(**{name: model.settings[name] for name in names}) for model in trial.models
-        ]
+        self.recipes: list[Recipe] = [entry(**{name: model.settings[name] for name in names}) for model in trial.models]
         self.precision = self.recipes[0].precision
         dtype = DTYPES.get(self.precision, torch.float32)
         self.network, params, buffers = initial_stack(build, self.recipes, dtype, self.device, execution.vectorize)
@@ -213,13 +211,11 @@ class StackTrainer:
         lr_factors = [recipe.lr_factor(now.epoch) for recipe in self._recipes]
         now.epoch, now.step = now.epoch + 1, 0
         running = now.running.tolist()
-        due = [
-            not runs or recipe.evaluates(now.epoch) for runs, recipe in zip(running, self._recipes, strict=True)
-        ]
+        due = [not runs or recipe.evaluates(now.epoch) for runs, recipe in zip(running, self._recipes, strict=True)]
         stopping = any(recipe.stop_loss > 0 for recipe in self._recipes)
         if not any(due) and not stopping:
             return
-        train = self._evaluate("train")
+        train = self._evaluate(self._data.train)
         reached = [
             recipe.stop_loss > 0 and loss <= recipe.stop_loss
             for recipe, loss in zip(self._recipes, train.loss.tolist(), strict=True)
@@ -227,7 +223,8 @@ class StackTrainer:
         due = [a or b for a, b in zip(due, reached, strict=True)]
         if not any(due):
             return
-        scores = {"train": train, "val": self._evaluate("val"), "test": self._evaluate("test")}
+        val = self._evaluate(self._data.val) if self._data.val else None
+        scores = {"train": train, "val": val, "test": self._evaluate(self._data.test)}
         left = []
         for row, position in enumerate(now.alive):
             recipe = self._recipes[row]
@@ -243,9 +240,8 @@ class StackTrainer:
             self.progress = now.select(torch.tensor(left, dtype=torch.int64, device=self.device))
             self._narrow()
 
-    def _evaluate(self, part: str) -> Scores | None:
-        split = getattr(self._data, part)
-        return evaluate(self.network, self.progress.params, self.progress.buffers, split) if split else None
+    def _evaluate(self, split: Split) -> Scores:
+        return evaluate(self.network, self.progress.params, self.progress.buffers, split)
 
     def _epoch_row(self, scores: Mapping[str, Scores | None], row: int, lr: float) -> dict[str, Any]:
         columns: dict[str, Any] = {"epoch": self.progress.epoch}
@@ -295,7 +291,11 @@ def initial_stack(
     params, buffers = StackedNetwork.stack([modules[recipe.init_seed] for recipe in recipes])
     network = StackedNetwork(next(iter(modules.values())), vectorize)
     network.template.to(device=device, dtype=dtype)
-    return network, params.to(device, dtype), {name: _cast(buffer, dtype).to(device) for name, buffer in buffers.items()}
+    return (
+        network,
+        params.to(device, dtype),
+        {name: _cast(buffer, dtype).to(device) for name, buffer in buffers.items()},
+    )
 
 
 def _cast(buffer: Tensor, dtype: torch.dtype) -> Tensor:

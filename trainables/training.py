@@ -62,7 +62,8 @@ def training(
         ),
     ] = None,
     noise_seed: Annotated[
-        int | None, Setting(about="Seed of label noise and data noise; `seed` unless given.", ge=0, per_model=True)
+        int | None,
+        Setting(about="Seed of label noise and data noise; `seed` unless given.", ge=0, per_model=True),
     ] = None,
     batch_size: Annotated[int, Setting(about="Examples in a step.", unit="examples", ge=1)] = 128,
     epochs: Annotated[int, Setting(about="Passes over the training set.", unit="epochs", ge=1, per_model=True)] = 100,
@@ -114,9 +115,7 @@ def training(
             per_model=True,
         ),
     ] = 0.0,
-    val_size: Annotated[
-        int, Setting(about="Training examples held out for validation.", unit="examples", ge=0)
-    ] = 0,
+    val_size: Annotated[int, Setting(about="Training examples held out for validation.", unit="examples", ge=0)] = 0,
     eval_every: Annotated[int, Setting(about="Epochs between evaluations.", unit="epochs", ge=1)] = 1,
     precision: Annotated[
         Literal["fp32", "tf32", "bf16", "fp64"],

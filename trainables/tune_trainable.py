@@ -34,7 +34,8 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Work for some seconds; report how many models have ended and whether the job is committed."""
         deadline = time.monotonic() + SLICE_SECONDS
-        for self._ended in self._work:
+        for ended in self._work:
+            self._ended = ended
             if time.monotonic() >= deadline:
                 return {"models_ended": self._ended, tune.result.DONE: False}
         return {"models_ended": self._ended, tune.result.DONE: True}

@@ -69,9 +69,7 @@ def data(
         rows = rows[rows["by_value"].isin([value for value in shown if value is not None])]
     keys = ["quantity", "kind", "by_value", "x"]
     out = (
-        rows.groupby(keys, dropna=False, sort=False)["value"]
-        .agg(["mean", "min", "max", "std", "count"])
-        .reset_index()
+        rows.groupby(keys, dropna=False, sort=False)["value"].agg(["mean", "min", "max", "std", "count"]).reset_index()
     )
     out = out.rename(columns={"min": "low", "max": "high", "count": "n"}).assign(axis=axis, by=by)
     order = pd.Categorical(out["quantity"], categories=list(values), ordered=True)
@@ -82,9 +80,7 @@ def data(
 def _scores(table: pd.DataFrame) -> dict[str, np.ndarray]:
     """Errors where accuracies are known, else losses."""
     for source, kind in (("acc", "error"), ("loss", "loss")):
-        found = {
-            f"{part}_{kind}": f"{part}_{source}" for part in ("test", "train") if f"{part}_{source}" in table
-        }
+        found = {f"{part}_{kind}": f"{part}_{source}" for part in ("test", "train") if f"{part}_{source}" in table}
         values = {name: frames.numeric(table, column, role="figure") for name, column in found.items()}
         if any(np.isfinite(value).any() for value in values.values()):
             return {name: 1 - value if kind == "error" else value for name, value in values.items()}

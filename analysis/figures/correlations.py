@@ -35,15 +35,12 @@ def data(result: Correlations) -> pd.DataFrame:
         One row per measure with the fields of `MeasureCorrelation`; undefined is NaN and comes last.
     """
     rows = [
-        {"measure": name, "target": result.target, **dataclasses.asdict(one)}
-        for name, one in result.measures.items()
+        {"measure": name, "target": result.target, **dataclasses.asdict(one)} for name, one in result.measures.items()
     ]
     frame = pd.DataFrame(rows, columns=_COLUMNS)
     numbers = [column for column in _COLUMNS if column not in ("measure", "target")]
     frame[numbers] = frame[numbers].apply(pd.to_numeric)
-    return frame.sort_values(["tau", "measure"], ascending=[False, True], na_position="last").reset_index(
-        drop=True
-    )
+    return frame.sort_values(["tau", "measure"], ascending=[False, True], na_position="last").reset_index(drop=True)
 
 
 def draw(data: pd.DataFrame) -> go.Figure:
@@ -74,9 +71,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
             error_x=_interval(row),
             hovertemplate=f"%{{y}}: {row['tau']:.3f}<br>{text}<extra></extra>",
         )
-        figure.add_annotation(
-            x=1.01, y=html.escape(name), text=text, showarrow=False, xanchor="left", xref="paper"
-        )
+        figure.add_annotation(x=1.01, y=html.escape(name), text=text, showarrow=False, xanchor="left", xref="paper")
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(
         title_text=f"Kendall τ with {data['target'].iloc[0]} (−1 to 1)",

@@ -54,11 +54,7 @@ def data(
     # rows from several tables may share index values, and a join would then multiply them
     table = models[frames.kept(models)].reset_index(drop=True)
     settings = pd.DataFrame({axis: frames.hashable(table[axis]) for axis in axes}, index=table.index)
-    table = (
-        table[keys]
-        .assign(target=target, target_value=frames.numeric(table, target, role="target"))
-        .join(settings)
-    )
+    table = table[keys].assign(target=target, target_value=frames.numeric(table, target, role="target")).join(settings)
     joined = rows.merge(table, on=keys).dropna(subset=["value", "target_value"])
     return joined[[*_FIXED, *axes]].sort_values(["measure", "model_id"]).reset_index(drop=True)
 
@@ -73,9 +69,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
         The figure; a menu changes the colour when more than one setting varies.
     """
     names = sorted(data["measure"].unique())
-    axes = [
-        column for column in data.columns if column not in _FIXED and data[column].nunique(dropna=False) > 1
-    ]
+    axes = [column for column in data.columns if column not in _FIXED and data[column].nunique(dropna=False) > 1]
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure = make_subplots(
@@ -100,9 +94,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
 
 
 def _short(target: str) -> str:
-    return {"gen_gap": "generalisation gap (fraction)", "loss_gap": "loss gap (nats)"}.get(
-        target, theme.title(target)
-    )
+    return {"gen_gap": "generalisation gap (fraction)", "loss_gap": "loss gap (nats)"}.get(target, theme.title(target))
 
 
 def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
@@ -115,9 +107,7 @@ def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
     return kind(
         x=part["value"],
         y=part["target_value"],
-        error_x={"array": part["stderr"].fillna(0), "color": "#9aa4b2", "thickness": 1, "width": 0}
-        if bars
-        else None,
+        error_x={"array": part["stderr"].fillna(0), "color": "#9aa4b2", "thickness": 1, "width": 0} if bars else None,
         mode="markers",
         showlegend=False,
         marker={
@@ -125,9 +115,7 @@ def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
             "color": theme.GREY,
             "line": {"width": 0.5 if few else 0, "color": "white"},
         },
-        customdata=[
-            [_plain(value) for value in row] for row in part[["model_id", *settings]].to_numpy(dtype=object)
-        ],
+        customdata=[[_plain(value) for value in row] for row in part[["model_id", *settings]].to_numpy(dtype=object)],
         hovertemplate="<br>".join(["%{customdata[0]}", "%{x:.4g}, %{y:.4f}", *lines]) + "<extra></extra>",
     )
 

@@ -61,11 +61,7 @@ def data(
     quantities = _quantities(sampled)
     wide = sampled[["value", "epoch"]].assign(**quantities)
     long = wide.melt(["value", "epoch"], list(quantities), "quantity", "amount").dropna(subset=["amount"])
-    out = (
-        long.groupby(["quantity", "value", "epoch"], dropna=False)["amount"]
-        .agg(["mean", "count"])
-        .reset_index()
-    )
+    out = long.groupby(["quantity", "value", "epoch"], dropna=False)["amount"].agg(["mean", "count"]).reset_index()
     return out.rename(columns={"count": "n"}).assign(axis=axis)[_COLUMNS]
 
 
@@ -117,9 +113,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
         subplot_titles=[theme.title(name) for name in present],
     )
     values = frames.ordered(data["value"])
-    colours = sample_colorscale(
-        theme.SCALE, [0.9 * rank / max(1, len(values) - 1) for rank in range(len(values))]
-    )
+    colours = sample_colorscale(theme.SCALE, [0.9 * rank / max(1, len(values) - 1) for rank in range(len(values))])
     for place, name in enumerate(present):
         part = data[data["quantity"] == name]
         for rank, value in enumerate(values):
@@ -144,9 +138,7 @@ def _epoch_axes(figure: go.Figure, scale: str) -> dict[str, str]:
     return {f"{name}.type": scale for name in figure.layout.to_plotly_json() if name.startswith("xaxis")}
 
 
-def _line(
-    figure: go.Figure, line: pd.DataFrame, value: object, colour: str, *, dash: str, panel: int
-) -> None:
+def _line(figure: go.Figure, line: pd.DataFrame, value: object, colour: str, *, dash: str, panel: int) -> None:
     if line.empty:
         return
     axis = line["axis"].iloc[0]

@@ -1,10 +1,10 @@
 """Errors for people: what was given, where, what is possible.
 
-    FlatminError
-    ├── RequestError       the request is wrong; the command line exits with 2 and no traceback
-    │   └── StudyError     all that is wrong with one study, collected
-    ├── ResultsError       a results directory cannot be used as asked
-    └── LeaseLost          another driver owns the results now; this process may not commit
+FlatminError
+├── RequestError       the request is wrong; the command line exits with 2 and no traceback
+│   └── StudyError     all that is wrong with one study, collected
+├── ResultsError       a results directory cannot be used as asked
+└── LeaseLost          another driver owns the results now; this process may not commit
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class ResultsError(RequestError):
 
 class LeaseLost(FlatminError):
     """Another driver took the results over, so this process must not write them."""
+
+
+class CorruptFileWarning(UserWarning):
+    """A file of a results directory cannot be read; it is left out."""
 
 
 def nearest(given: str, valid: Iterable[str]) -> str:

@@ -128,8 +128,7 @@ def _read(kind: str, file: Path, module: str, function: str) -> Plugin | None:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             arguments = {
-                argument.name: argument
-                for argument in map(_argument, node.args.kwonlyargs, node.args.kw_defaults)
+                argument.name: argument for argument in map(_argument, node.args.kwonlyargs, node.args.kw_defaults)
             }
             returns = ast.unparse(node.returns) if node.returns else ""
             about = (ast.get_docstring(node) or "").partition("\n")[0]

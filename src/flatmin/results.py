@@ -25,13 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flatmin.errors import ResultsError
+from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.settings import Argument
 from flatmin.tables import SCHEMA_VERSION, TABLES, schema, to_arrow
-
-
-class CorruptFileWarning(UserWarning):
-    """A file of a results directory cannot be read; it is left out."""
 
 
 @dataclass(frozen=True)
@@ -171,23 +167,23 @@ class Results:
 
     def models(self) -> pd.DataFrame:
         """Return the trained models, one row each."""
-        return self.table("models").to_pandas()
+        return _frame(self.table("models"))
 
     def epochs(self) -> pd.DataFrame:
         """Return the evaluated epochs of the trained models."""
-        return self.table("epochs").to_pandas()
+        return _frame(self.table("epochs"))
 
     def sharpness(self) -> pd.DataFrame:
         """Return the measures of the trained models."""
-        return self.table("sharpness").to_pandas()
+        return _frame(self.table("sharpness"))
 
     def plan(self) -> pd.DataFrame:
         """Return the planned models, one row each."""
-        return self.table("plan").to_pandas()
+        return _frame(self.table("plan"))
 
     def failures(self) -> pd.DataFrame:
         """Return the failed attempts."""
-        return self.table("failures").to_pandas()
+        return _frame(self.table("failures"))
 
     def unreadable(self) -> list[tuple[str, Path]]:
         """Return the table and path of every file that cannot be read."""
@@ -211,6 +207,11 @@ class Results:
             except (pa.ArrowException, OSError) as error:
                 bad.append((file, error))
         return good, bad
+
+
+def _frame(rows: pa.Table) -> pd.DataFrame:
+    frame: pd.DataFrame = rows.to_pandas()
+    return frame
 
 
 def _first_of_each(rows: pa.Table, keys: Sequence[str]) -> pa.Table:

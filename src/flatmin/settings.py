@@ -77,10 +77,10 @@ class Argument:
 
     @cached_property
     def _adapter(self) -> TypeAdapter[Any]:
-        bounds = self.setting.bounds
-        annotation = self.annotation
-        if bounds and get_origin(annotation) is tuple:
-            annotation = tuple[Annotated[get_args(annotation)[0], Field(**bounds)], ...]
+        bounds: dict[str, Any] = dict(self.setting.bounds)
+        annotation, origin = self.annotation, get_origin(self.annotation)
+        if bounds and origin is tuple:
+            annotation = origin[Annotated[get_args(annotation)[0], Field(**bounds)], ...]
         elif bounds:
             annotation = Annotated[annotation, Field(**bounds)]
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))

@@ -74,9 +74,7 @@ def test_a_missing_column_names_the_nearest_and_all_valid_ones() -> None:
     ],
 )
 def test_null_and_infinity_become_nan(column: pd.Series[float]) -> None:
-    np.testing.assert_array_equal(
-        frames.numeric(pd.DataFrame({"x": column}), "x", role="measure"), [1.0, np.nan, 3.0]
-    )
+    np.testing.assert_array_equal(frames.numeric(pd.DataFrame({"x": column}), "x", role="measure"), [1.0, np.nan, 3.0])
 
 
 def test_a_column_of_nulls_is_numeric() -> None:

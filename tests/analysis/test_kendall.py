@@ -33,9 +33,7 @@ def test_tau_is_the_definition(seed: int, ties: bool) -> None:
     assert kendall.tau_b(x, y) == pytest.approx(brute_tau(x, y), abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("x", "y"), [([1.0], [2.0]), ([], []), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [3.0, 3.0])]
-)
+@pytest.mark.parametrize(("x", "y"), [([1.0], [2.0]), ([], []), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [3.0, 3.0])])
 def test_tau_without_untied_pairs_is_undefined(x: list[float], y: list[float]) -> None:
     assert math.isnan(kendall.tau_b(np.array(x), np.array(y)))
 

@@ -28,9 +28,7 @@ def test_rows_may_come_in_any_order() -> None:
     assert peak.find_peak(rows) == peak.find_peak(rows.sample(frac=1, random_state=0))
 
 
-@pytest.mark.parametrize(
-    "mean", [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3], [0.4, 0.1, 0.4], [0.1, 0.2], [0.2] * 4, []]
-)
+@pytest.mark.parametrize("mean", [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3], [0.4, 0.1, 0.4], [0.1, 0.2], [0.2] * 4, []])
 def test_a_curve_with_at_most_one_valley_has_no_peak(mean: list[float]) -> None:
     assert peak.find_peak(curve(mean)) is None
 

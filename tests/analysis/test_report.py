@@ -54,9 +54,7 @@ class Page(HTMLParser):
 
     @property
     def figures(self) -> set[str]:
-        return {
-            str(attributes["data-figure"]) for _, attributes in self.elements if "data-figure" in attributes
-        }
+        return {str(attributes["data-figure"]) for _, attributes in self.elements if "data-figure" in attributes}
 
     @property
     def text(self) -> str:
@@ -203,9 +201,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("case", FIGURES)
-def test_odd_tables_make_a_valid_page(
-    case: str, tmp_path: Path, tables: Any, study: dict[str, object]
-) -> None:
+def test_odd_tables_make_a_valid_page(case: str, tmp_path: Path, tables: Any, study: dict[str, object]) -> None:
     cases = edge_cases(tables)
     assert set(cases) == set(FIGURES)
     made = read(report(study=study, path=tmp_path / "r.html", **cases[case]))

@@ -36,7 +36,9 @@ def quadratic(k: int, d: int, seed: int = 0) -> tuple[Tensor, Callable[[Tensor],
     return torch.randn(k, d, generator=generator, dtype=torch.float64), loss_and_grad
 
 
-def run(name: str, settings: list[dict[str, Any]], params: Tensor, oracle: Any, steps: int, factor: float = 1.0) -> Tensor:
+def run(
+    name: str, settings: list[dict[str, Any]], params: Tensor, oracle: Any, steps: int, factor: float = 1.0
+) -> Tensor:
     optimizer = Optimizer(name, settings, params)
     state = optimizer.init(params)
     lr_factor = torch.full((len(params), 1), factor, dtype=params.dtype)
@@ -69,7 +71,11 @@ def test_base_equals_torch(name: str, nesterov: bool) -> None:
         if nesterov:
             params, own = params[1:], own[1:]
             whole = oracle
-            oracle = lambda rows: tuple(part[1:] for part in whole(torch.cat([rows[:1], rows])))  # noqa: E731
+
+            def oracle(rows: Tensor) -> tuple[Tensor, Tensor]:
+                losses, grads = whole(torch.cat([rows[:1], rows]))
+                return losses[1:], grads[1:]
+
     ours = run(name, own, params, oracle, 100)
     for k, one in enumerate(own):
         w = params[k].clone().requires_grad_()

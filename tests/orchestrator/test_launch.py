@@ -125,7 +125,9 @@ def test_a_huge_learning_rate_is_a_result(study: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "sam-sgd"])
-def test_a_huge_learning_rate_diverges_whatever_the_optimizer(write_study: Write, tmp_path: Path, optimizer: str) -> None:
+def test_a_huge_learning_rate_diverges_whatever_the_optimizer(
+    write_study: Write, tmp_path: Path, optimizer: str
+) -> None:
     go(write_study(), tmp_path / "r", "lr=1e6", f"optimizer={optimizer}", "epochs=30")
     assert set(Results.open(tmp_path / "r").models()["status"]) == {"diverged"}
 
@@ -176,7 +178,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_it_starts(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ResultsError, match="has 0.0 MB free and this needs about"):
+    with pytest.raises(ResultsError, match=r"has 0\.0 MB free and this needs about"):
         go(study, tmp_path / "r")
 
 
@@ -214,7 +216,15 @@ def test_a_read_only_directory_is_refused(study: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "r", *(path for path in (tmp_path / "r").rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
-    command = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(study), "--results", str(tmp_path / "r")]
+    command = [
+        sys.executable,
+        "-m",
+        "flatmin.orchestrator",
+        "launch",
+        str(study),
+        "--results",
+        str(tmp_path / "r"),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=bound_by_permissions)
     for folder in folders:
         folder.chmod(0o755)
@@ -226,7 +236,10 @@ def test_a_read_only_directory_is_refused(study: Path, tmp_path: Path) -> None:
 def test_queries(study: Path, tmp_path: Path) -> None:
     go(study, tmp_path / "r")
     results = Results.open(tmp_path / "r")
-    frame = query(results, 'SELECT width, count(*) AS n, avg("lpf(max_samples=16)") AS lpf FROM wide GROUP BY width ORDER BY width')
+    frame = query(
+        results,
+        'SELECT width, count(*) AS n, avg("lpf(max_samples=16)") AS lpf FROM wide GROUP BY width ORDER BY width',
+    )
     assert frame["width"].tolist() == [2, 4]
     assert frame["n"].tolist() == [2, 2]
     assert (frame["lpf"] > 0).all()

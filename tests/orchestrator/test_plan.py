@@ -13,7 +13,8 @@ Write = Callable[..., Path]
 
 def test_stacks_hold_models_that_differ_only_per_model(write_study: Write) -> None:
     study = read_study(
-        str(write_study()), ["lr=0.1,0.01", "label_noise=0,0.2", "batch_size=100,250", "momentum=0,0.9", "epochs=2,3"]
+        str(write_study()),
+        ["lr=0.1,0.01", "label_noise=0,0.2", "batch_size=100,250", "momentum=0,0.9", "epochs=2,3"],
     )
     plan = make_plan(study)
     assert sorted(len(trial.models) for trial in plan.trials) == [32, 32, 32, 32]

@@ -23,7 +23,12 @@ def problems(file: Path, *overrides: str) -> list[str]:
 
 def test_grid_is_the_product_of_axes_and_seeds(write_study: Write) -> None:
     study = read_study(str(write_study()))
-    assert [(m.settings["width"], m.settings["seed"]) for m in study.models] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    assert [(m.settings["width"], m.settings["seed"]) for m in study.models] == [
+        (2, 0),
+        (2, 1),
+        (4, 0),
+        (4, 1),
+    ]
     first = study.models[0].settings
     assert first["lr"] == 0.05 and first["momentum"] == 0.9, "given and default settings are both there"
     assert first["init_seed"] == first["order_seed"] == first["noise_seed"] == 0
@@ -52,7 +57,10 @@ def test_overrides(write_study: Write, override: str, settings: dict[str, set[ob
 
 def test_one_seed_may_differ_alone(write_study: Write) -> None:
     models = read_study(str(write_study()), ["width=2", "seeds=1", "init_seed=5,6"]).models
-    assert [(m.settings["seed"], m.settings["init_seed"], m.settings["order_seed"]) for m in models] == [(0, 5, 0), (0, 6, 0)]
+    assert [(m.settings["seed"], m.settings["init_seed"], m.settings["order_seed"]) for m in models] == [
+        (0, 5, 0),
+        (0, 6, 0),
+    ]
 
 
 def test_cases_are_grids_of_their_own(write_study: Write) -> None:
@@ -129,7 +137,10 @@ def test_mistakes_on_the_command_line(write_study: Write) -> None:
         ("study: x\nsettings: {network: mlp, optimizer: sgd}", "missing 'dataset'; there are: digits"),
         ("study: x\nsettings: {dataset: digits}\nsettings: {network: mlp}", "given twice"),
         ("study: Bad Name\nsettings: {dataset: digits, network: mlp, optimizer: sgd}", "'Bad Name'"),
-        ("study: x\nsettings: {dataset: digits, network: mlp, optimizer: sgd, lr: 1}\naxes: {lr: [1]}", "both a setting and an axis"),
+        (
+            "study: x\nsettings: {dataset: digits, network: mlp, optimizer: sgd, lr: 1}\naxes: {lr: [1]}",
+            "both a setting and an axis",
+        ),
     ],
 )
 def test_malformed_studies(write_study: Write, text: str, message: str) -> None:
@@ -143,7 +154,9 @@ def test_unknown_studies_name_the_nearest() -> None:
         read_study("nowhere.yaml")
 
 
-@pytest.mark.parametrize(("name", "count"), [("digits-double-descent", 70), ("digits-sharpness", 216), ("digits-label-noise", 50)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("digits-double-descent", 70), ("digits-sharpness", 216), ("digits-label-noise", 50)]
+)
 def test_builtin_studies(name: str, count: int) -> None:
     assert name in builtin_names()
     assert len(read_study(name).models) == count
@@ -151,7 +164,8 @@ def test_builtin_studies(name: str, count: int) -> None:
 
 def test_planning_loads_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from flatmin.orchestrator.plan import make_plan; from flatmin.orchestrator.study import read_study;"
+        "import sys;"
+        "from flatmin.orchestrator.plan import make_plan; from flatmin.orchestrator.study import read_study;"
         "make_plan(read_study('digits-sharpness')); print({'torch', 'ray'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

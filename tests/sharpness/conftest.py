@@ -31,9 +31,7 @@ class Problem:
         """Return an engine whose batches end at `cuts` and at the last example."""
         params, buffers = StackedNetwork.stack(self.modules)
         edges = [0, *cuts, self.y.shape[1]]
-        batches = [
-            Batch(self.x[start:stop], self.y[:, start:stop], shared=True) for start, stop in pairwise(edges)
-        ]
+        batches = [Batch(self.x[start:stop], self.y[:, start:stop], shared=True) for start, stop in pairwise(edges)]
         return Engine(StackedNetwork(self.modules[0]), params, buffers, batches, self.keys, memory=memory)
 
     def loss_of(self, k: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -44,9 +42,7 @@ class Problem:
 
         def loss(flat: Tensor) -> Tensor:
             pieces = torch.split(flat, [shape.numel() for shape in shapes])
-            own = {
-                name: piece.reshape(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)
-            }
+            own = {name: piece.reshape(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
             return nn.functional.cross_entropy(functional_call(module, own, (self.x,)), self.y[k])
 
         return loss, nn.utils.parameters_to_vector(module.parameters()).detach()
@@ -128,7 +124,7 @@ def repeated() -> Callable[[int], Problem]:
             optimizer.zero_grad()
             flat = nn.utils.parameters_to_vector(module.parameters())
             loss = nn.functional.cross_entropy(module(one.x), one.y[0]) + 0.003 * flat.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             return loss
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]

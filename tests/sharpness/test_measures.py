@@ -95,9 +95,7 @@ def test_the_trace_of_few_weights_is_exact(problem: Any, metric: Any) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [1e-9, 0.03], ids=["all samples", "until the tolerance"])
-def test_the_trace_is_unbiased_and_its_interval_covers(
-    repeated: Callable[[int], Any], tolerance: float
-) -> None:
+def test_the_trace_is_unbiased_and_its_interval_covers(repeated: Callable[[int], Any], tolerance: float) -> None:
     problem = repeated(500)
     engine = problem.engine()
     truth = scaled_hessian(problem, engine, "filter", 0).trace().item()
@@ -139,9 +137,7 @@ def test_lpf_with_its_control_is_unbiased_and_covers(repeated: Callable[[int], A
     without = (plain.std() / plain.mean() / tolerance).square().item()
     assert estimate.samples.double().mean().item() < 0.3 * without
     assert bool((estimate.passes > estimate.samples).all())
-    error = math.hypot(
-        plain.std().item() / math.sqrt(len(plain)), estimate.value.std().item() / math.sqrt(400)
-    )
+    error = math.hypot(plain.std().item() / math.sqrt(len(plain)), estimate.value.std().item() / math.sqrt(400))
     assert abs((estimate.value.mean() - plain.mean()).item()) < 4 * error
     assert 0.90 <= coverage(estimate, plain.mean().item()) <= 0.99
 

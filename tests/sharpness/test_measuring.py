@@ -70,12 +70,8 @@ def test_a_measure_that_fails_is_named(mlp: Any, monkeypatch: pytest.MonkeyPatch
         measure_stack(mlp.engine(), ["lpf(sigma=0.5)"])
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError("full"), torch.OutOfMemoryError("full")], ids=["host", "device"]
-)
-def test_running_out_of_memory_stays_what_it_is(
-    mlp: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")], ids=["host", "device"])
+def test_running_out_of_memory_stays_what_it_is(mlp: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr("flatmin.sharpness.lpf.lpf", broken(error))
     with pytest.raises(type(error), match="full") as caught:
         measure_stack(mlp.engine(), ["lpf"])

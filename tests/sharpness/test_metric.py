@@ -112,11 +112,7 @@ def balance(module: nn.Module) -> nn.Module:
     for layer in module.children():
         own = dict(layer.named_parameters())
         if own:
-            weight = (
-                own["weight"].detach().flatten(1)
-                if own["weight"].dim() > 1
-                else own["weight"].detach()[:, None]
-            )
+            weight = own["weight"].detach().flatten(1) if own["weight"].dim() > 1 else own["weight"].detach()[:, None]
             d = weight.norm(dim=1) + (own["bias"].detach().abs() if "bias" in own else 0.0)
             layers.append(Balanced(layer, d))
         else:

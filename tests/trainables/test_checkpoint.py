@@ -12,7 +12,8 @@ from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
 from flatmin.results import Results
 from flatmin.trainables.checkpoint import load_weights, weights_hash
-from flatmin.trainables.job import run
+from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.job import load_dataset, run
 from flatmin.trainables.trainer import StackTrainer, network_builder
 from flatmin.trial import Execution, Job, Trial
 
@@ -77,7 +78,5 @@ def test_a_damaged_checkpoint_starts_the_trial_again(tmp_path: Path) -> None:
     assert len(results.models()) == len(one.models)
 
 
-def _digits():  # type: ignore[no-untyped-def]
-    from flatmin.trainables.job import load_dataset
-
+def _digits() -> Dataset:
     return load_dataset((("dataset", "digits"),))

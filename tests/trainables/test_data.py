@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def test_label_noise_is_nested(dataset: Dataset) -> None:
     """What a lower level replaces, every higher level replaces too, by the same class."""
     levels = [noisy_labels(dataset.train_y, 10, recipe(label_noise=level / 10)) for level in range(11)]
     assert torch.equal(levels[0], dataset.train_y)
-    for lower, higher in zip(levels, levels[1:], strict=False):
+    for lower, higher in pairwise(levels):
         changed = lower != dataset.train_y
         assert torch.equal(higher[changed], lower[changed])
     # All classes, the true one included: a tenth of the replaced labels stays right.
@@ -55,7 +56,12 @@ def test_flip_rate_is_the_true_share(dataset: Dataset) -> None:
 
 def test_data_noise_is_sigma_z_before_normalisation(dataset: Dataset) -> None:
     """One z per noise seed, scaled by each model's sigma; the test set stays clean."""
-    stack = data(dataset, recipe(data_noise=0.5, noise_seed=3), recipe(data_noise=0.0), recipe(data_noise=2.0, noise_seed=3))
+    stack = data(
+        dataset,
+        recipe(data_noise=0.5, noise_seed=3),
+        recipe(data_noise=0.0),
+        recipe(data_noise=2.0, noise_seed=3),
+    )
     order = torch.tensor([[7, 1, 7]]).expand(3, -1)
     batch = stack.train.gather(order)
     z = normal(stream_key("data noise", 3), dataset.train_x.shape)

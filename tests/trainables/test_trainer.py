@@ -66,7 +66,15 @@ def model(**changes: Any) -> Model:
     names = {"dataset": "digits", "network": "mlp", "optimizer": "sgd"}
     arguments = program_arguments(names)
     defaults = {name: argument.default for name, argument in arguments.items()}
-    settings = {**names, **defaults, "batch_size": 25, "epochs": 13, "precision": "fp64", "eval_every": 13, **changes}
+    settings = {
+        **names,
+        **defaults,
+        "batch_size": 25,
+        "epochs": 13,
+        "precision": "fp64",
+        "eval_every": 13,
+        **changes,
+    }
     for name in ("init_seed", "order_seed", "noise_seed"):
         settings[name] = settings["seed"] if settings[name] is None else settings[name]
     return Model(model_id(settings, arguments), settings)
@@ -97,7 +105,9 @@ def eight_models(optimizer: str) -> list[Model]:
     return models
 
 
-def trained(models: list[Model], dataset: Dataset, build: Callable[[], nn.Module], steps: int, vectorize: Any) -> StackTrainer:
+def trained(
+    models: list[Model], dataset: Dataset, build: Callable[[], nn.Module], steps: int, vectorize: Any
+) -> StackTrainer:
     trainer = StackTrainer(Trial("s", tuple(models)), dataset, build, Execution(vectorize=vectorize))
     for step, _ in enumerate(trainer.train(), 1):
         if step == steps:
@@ -122,11 +132,11 @@ class StreamDropout(nn.Module):
 def plain_loop(one: Model, dataset: Dataset, build: Callable[[], nn.Module], steps: int) -> nn.Module:
     """Train one model with torch's own modules, optimizers and schedulers."""
     settings = one.settings
-    recipe: Recipe = training(**{name: settings[name] for name in program_arguments({}) })
+    recipe: Recipe = training(**{name: settings[name] for name in program_arguments({})})
     with torch.random.fork_rng():
         torch.manual_seed(stream_key("init", recipe.init_seed))
         network = build().double()
-    dropouts = []
+    dropouts: list[StreamDropout] = []
     for parent in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Dropout):
@@ -149,12 +159,12 @@ def plain_loop(one: Model, dataset: Dataset, build: Callable[[], nn.Module], ste
     done, epoch = 0, 0
     while True:
         order = permutation(stream_key("order", recipe.order_seed, epoch), len(x))
-        for step, index in enumerate(order.split(recipe.batch_size)):
+        for step, index in enumerate(torch.split(order, recipe.batch_size)):
             key = Streams(torch.tensor([stream_key("training", recipe.order_seed)]), epoch * len(x) + step).keys[0]
             for dropout in dropouts:
                 dropout.key = key
             optimizer.zero_grad()
-            functional.cross_entropy(network(x[index]), y[index]).backward()
+            torch.autograd.backward(functional.cross_entropy(network(x[index]), y[index]))
             if settings["optimizer"].startswith("sam"):
                 sam_second_pass(network, x[index], y[index], settings["rho"])
             optimizer.step()
@@ -174,9 +184,9 @@ def sam_second_pass(network: nn.Module, x: Tensor, y: Tensor, rho: float) -> Non
     norm = torch.sqrt(sum(((grad**2).sum() for grad in grads), torch.tensor(0.0)))
     with torch.no_grad():
         for parameter, grad in zip(parameters, grads, strict=True):
-            parameter += rho * grad / (norm + 1e-12)
+            parameter.add_(rho * grad / (norm + 1e-12))
     network.zero_grad()
-    functional.cross_entropy(network(x), y).backward()
+    torch.autograd.backward(functional.cross_entropy(network(x), y))
     new = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
     network.load_state_dict(state)
     for parameter, grad in zip(parameters, new, strict=True):
@@ -234,9 +244,10 @@ def test_models_end_each_at_its_own_time(dataset: Dataset) -> None:
         single = StackTrainer(Trial("s", (one,)), dataset, BUILDERS["mlp"], Execution())
         list(single.train())
         alone, among = single.outcomes[0], trainer.outcomes[k]
-        assert alone.params is not None and among.params is not None and alone.row is not None and rows[k] is not None
+        assert alone.params is not None and among.params is not None
+        assert alone.row is not None and among.row is not None
         torch.testing.assert_close(alone.params, among.params, rtol=0, atol=1e-9)
-        assert alone.row["status"] == rows[k]["status"]
+        assert alone.row["status"] == among.row["status"]
         assert torch.isfinite(among.params).all()
 
 

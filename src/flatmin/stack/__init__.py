@@ -3,4 +3,13 @@
 from flatmin.stack.network import Batch, StackedNetwork
 from flatmin.stack.streams import Streams, normal, permutation, rademacher, stream_key, uniform
 
-__all__ = ["Batch", "StackedNetwork", "Streams", "normal", "permutation", "rademacher", "stream_key", "uniform"]
+__all__ = [
+    "Batch",
+    "StackedNetwork",
+    "Streams",
+    "normal",
+    "permutation",
+    "rademacher",
+    "stream_key",
+    "uniform",
+]

@@ -92,7 +92,13 @@ class StackedNetwork:
         return module.to(device=params.device, dtype=params.dtype)
 
     def logits(
-        self, params: Tensor, buffers: Buffers, batch: Batch, *, train: bool = False, streams: Streams | None = None
+        self,
+        params: Tensor,
+        buffers: Buffers,
+        batch: Batch,
+        *,
+        train: bool = False,
+        streams: Streams | None = None,
     ) -> Tensor:
         """Return the outputs `[K, b, classes]`.
 
@@ -129,7 +135,13 @@ class StackedNetwork:
         return outputs
 
     def losses(
-        self, params: Tensor, buffers: Buffers, batch: Batch, *, train: bool = False, streams: Streams | None = None
+        self,
+        params: Tensor,
+        buffers: Buffers,
+        batch: Batch,
+        *,
+        train: bool = False,
+        streams: Streams | None = None,
     ) -> Tensor:
         """Return each model's mean cross-entropy over its batch, in nats, `[K]`; arguments as in `logits`."""
         return cross_entropy(self.logits(params, buffers, batch, train=train, streams=streams), batch.y).mean(dim=1)

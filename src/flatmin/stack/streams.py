@@ -120,7 +120,9 @@ class _Dropout(TorchFunctionMode):
             return func(*args, **kwargs)
         return self._dropout(func, *args, **kwargs)
 
-    def _dropout(self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def _dropout(
+        self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
         if not training or p == 0.0:
             return input
         whole_channels = func is not torch.nn.functional.dropout
