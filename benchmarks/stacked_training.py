@@ -64,7 +64,9 @@ def dataloader(width: int, models: int, dataset: Dataset) -> float:
     return plain_loop(width, models, dataset, lambda: list(loader))
 
 
-def plain_loop(width: int, models: int, dataset: Dataset, batches: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]) -> float:
+def plain_loop(
+    width: int, models: int, dataset: Dataset, batches: Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]
+) -> float:
     """Return seconds per model and step of training models one after the other; three of them, for they are alike."""
     start, steps = time.perf_counter(), 0
     for _ in range(min(models, 3)):

@@ -19,10 +19,11 @@ from typer.core import TyperCommand
 
 from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestError
 
+
 class _WithSettings(TyperCommand):
     """A command whose help ends with every setting, read from the plug-ins' signatures."""
 
-    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the settings below the options."""
         from flatmin.reference import plain
 
@@ -151,17 +152,14 @@ def launch(
     from flatmin.orchestrator.launch import LaunchOptions
     from flatmin.orchestrator.launch import launch as run
     from flatmin.orchestrator.runner import RunOptions
-    from flatmin.orchestrator.study import read_study
 
-    own = read_study(study, overrides or []).file.resources
-    gpus = gpus_per_trial if gpus_per_trial is not None else own.gpus_per_trial
     options = LaunchOptions(
         run=RunOptions(
             max_failures=max_failures,
             time_budget=None if time_budget is None else seconds_of("--time-budget", time_budget),
             address=address,
-            cpus_per_trial=cpus_per_trial if cpus_per_trial is not None else own.cpus_per_trial,
-            gpus_per_trial=None if gpus == "auto" else float(gpus),
+            cpus_per_trial=cpus_per_trial,
+            gpus_per_trial=gpus_per_trial,
         ),
         inline=inline,
         models_per_trial=_stack(models_per_trial),
@@ -375,7 +373,7 @@ def _tell_warnings() -> None:
     """Tell the user, once, of every file that is left out; other warnings are for developers."""
     told: set[str] = set()
 
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, CorruptFileWarning) and str(message) not in told:
             told.add(str(message))
             print(f"warning: {message}", file=sys.stderr)

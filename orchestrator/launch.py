@@ -19,7 +19,7 @@ from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.plan import Missing, Plan, make_plan, missing
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.runner import RunOptions
-from flatmin.orchestrator.study import NAMES, Study, read_study
+from flatmin.orchestrator.study import NAMES, Resources, Study, read_study
 from flatmin.plugins import program_arguments
 from flatmin.results import Results, now, write_atomically
 from flatmin.settings import digest
@@ -95,12 +95,23 @@ def launch(
     console = console or Console(stderr=True)
     checked = read_study(study, overrides)
     plan = make_plan(checked, options.models_per_trial)
+    options = replace(options, run=with_resources(options.run, checked.file.resources))
     with _disk_errors(results):
         directory = Results.create(results, checked.name)
         with Lease(directory, options.run.max_failures) as lease:
             heal(directory, console)
             write_plan(directory, plan, checked)
             return _carry_out(directory, plan, options, console, lease)
+
+
+def with_resources(run: RunOptions, own: Resources) -> RunOptions:
+    """Return the options with what they leave open taken from the study."""
+    gpus = None if own.gpus_per_trial == "auto" else own.gpus_per_trial
+    return replace(
+        run,
+        cpus_per_trial=own.cpus_per_trial if run.cpus_per_trial is None else run.cpus_per_trial,
+        gpus_per_trial=gpus if run.gpus_per_trial is None else run.gpus_per_trial,
+    )
 
 
 def measure_saved(results: str | Path, measures: Sequence[str], options: LaunchOptions, console: Console) -> Launched:
@@ -200,7 +211,7 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
     cost = estimate(trials)
     check_space(results, cost.bytes)
     order = sorted(range(len(trials)), key=lambda i: -(cost.seconds[i] or 0.0))  # the longest first: a short tail
-    threads = max(1, int(options.run.cpus_per_trial))
+    threads = max(1, int(options.run.cpus_per_trial or 1))
     execution = Execution(threads=threads, checkpoint_seconds=options.checkpoint_seconds)
     jobs = [Job(trials[i], str(results.path), lease.token, execution) for i in order]
     with Display(console, planned, planned - left) as display:

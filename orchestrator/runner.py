@@ -32,14 +32,14 @@ class RunOptions:
         max_failures: How often a job may fail and be tried again.
         time_budget: Seconds after which no work is started or gone on with, or None.
         address: The Ray cluster to join, or None for a private local one.
-        cpus_per_trial: Cores of one trial.
-        gpus_per_trial: Share of a GPU of one trial; None for one where there is any.
+        cpus_per_trial: Cores of one trial; what the study says, or 1, when None.
+        gpus_per_trial: Share of a GPU of one trial; what the study says, or a whole one where there is any, when None.
     """
 
     max_failures: int = 3
     time_budget: float | None = None
     address: str | None = None
-    cpus_per_trial: float = 1.0
+    cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
 
 

@@ -45,7 +45,10 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
     """
     deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
     with _cluster(options.address), _quiet(results):
-        resources = trial_resources(options, ray.cluster_resources())
+        available = ray.cluster_resources()
+        resources = trial_resources(options, available)
+        # Tune keeps 200 trials pending otherwise, and looks at each of them in every turn of its loop.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(available["CPU"] // resources["cpu"])))
         device = "cuda" if resources["gpu"] > 0 else "cpu"
         jobs = [replace(job, execution=replace(job.execution, device=device)) for job in jobs]
         failures: Counter[str] = Counter()
@@ -71,11 +74,10 @@ def trial_resources(options: RunOptions, available: dict[str, float]) -> dict[st
     wanted = options.gpus_per_trial if options.gpus_per_trial is not None else min(1.0, gpus)
     if wanted > gpus:
         raise RequestError(f"--gpus-per-trial {wanted:g}: the cluster has {gpus:g} GPUs")
-    if options.cpus_per_trial > available.get("CPU", 0.0):
-        raise RequestError(
-            f"--cpus-per-trial {options.cpus_per_trial:g}: the cluster has {available.get('CPU', 0):g} CPUs"
-        )
-    return {"cpu": options.cpus_per_trial, "gpu": wanted}
+    cpus = options.cpus_per_trial or 1.0
+    if cpus > available.get("CPU", 0.0):
+        raise RequestError(f"--cpus-per-trial {cpus:g}: the cluster has {available.get('CPU', 0):g} CPUs")
+    return {"cpu": cpus, "gpu": wanted}
 
 
 def _fit(

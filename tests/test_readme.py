@@ -78,7 +78,8 @@ def test_the_cluster_command_joins_a_running_cluster(folder: Path, address: str)
 
 def test_more_than_the_cluster_has_is_refused(folder: Path, address: str) -> None:
     done = run(
-        f"flatmin-sweep launch digits-label-noise --address {address} --gpus-per-trial 0.5 --results results/gpu", folder
+        f"flatmin-sweep launch digits-label-noise --address {address} --gpus-per-trial 0.5 --results results/gpu",
+        folder,
     )
     assert done.returncode == 2
     assert "--gpus-per-trial 0.5: the cluster has 0 GPUs" in done.stderr
@@ -134,7 +135,11 @@ def test_make_targets_exist(command: list[str]) -> None:
 def test_make_quickstart_in_a_fresh_clone(tmp_path: Path) -> None:
     subprocess.run(["git", "clone", "-q", str(ROOT), str(tmp_path / "clone")], check=True)
     done = subprocess.run(
-        ["make", "quickstart", f"PYTHON={sys.executable}"], cwd=tmp_path / "clone", capture_output=True, text=True, check=False
+        ["make", "quickstart", f"PYTHON={sys.executable}"],
+        cwd=tmp_path / "clone",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     report = tmp_path / "clone" / "results" / "digits-double-descent" / "report.html"

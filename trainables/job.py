@@ -187,6 +187,7 @@ def _execution(job: Job, attempt: int, resumed: bool) -> dict[str, Any]:
     cuda = job.execution.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
+        "pid": os.getpid(),
         "stack_size": len(job.trial.models),
         "device": job.execution.device,
         "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),

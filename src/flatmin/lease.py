@@ -130,5 +130,10 @@ def check(results: Results, token: str) -> None:
         LeaseLost: Another driver has taken the directory over.
     """
     held = read(results)
-    if held is None or held["token"] != token or held["released"]:
+    if held is None:
+        raise LeaseLost(
+            f"'{results.path}' holds no lease on {socket.gethostname()}: "
+            "every node must see the results directory under the same path"
+        )
+    if held["token"] != token or held["released"]:
         raise LeaseLost(f"'{results.path}' has another owner now; this process writes nothing more to it")

@@ -186,7 +186,16 @@ def test_time_budget_ends_a_ray_launch_with_3_and_the_next_goes_on(study: Path, 
 
 def test_python_warnings_do_not_reach_the_user(study: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flatmin.orchestrator", "launch", str(study), "--inline", "--results", str(tmp_path / "r")],
+        [
+            sys.executable,
+            "-m",
+            "flatmin.orchestrator",
+            "launch",
+            str(study),
+            "--inline",
+            "--results",
+            str(tmp_path / "r"),
+        ],
         capture_output=True,
         text=True,
         check=True,

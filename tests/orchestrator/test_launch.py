@@ -247,3 +247,19 @@ def test_queries(study: Path, tmp_path: Path) -> None:
         query(results, "SELECT widht FROM models")
     with pytest.raises(RequestError, match="Tables: plan, models, epochs"):
         query(results, "SELECT * FROM modles")
+
+
+@pytest.mark.parametrize("precision", ["fp64", "tf32", "bf16"])
+def test_every_precision_trains_and_is_measured(write_study: Write, tmp_path: Path, precision: str) -> None:
+    go(write_study(), tmp_path / "r", f"precision={precision}", "width=8", "epochs=30", "measures=lambda_max")
+    results = Results.open(tmp_path / "r")
+    assert results.models()["train_acc"].min() > 0.8
+    assert results.sharpness()["converged"].all()
+
+
+def test_a_convolutional_network_with_batch_norm_trains_and_is_measured(write_study: Write, tmp_path: Path) -> None:
+    overrides = ["network=resnet18_narrow", "width=1", "epochs=6", "seeds=2", "measures=lambda_max(max_steps=4)"]
+    go(write_study(), tmp_path / "r", *overrides)
+    results = Results.open(tmp_path / "r")
+    assert results.models()["train_acc"].min() > 0.3
+    assert len(results.sharpness()) == 2

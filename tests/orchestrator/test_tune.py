@@ -1,0 +1,72 @@
+"""Ray Tune: resources, reused workers, a quiet terminal, and rows equal to those of the in-process runner."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from flatmin.errors import RequestError
+from flatmin.orchestrator.launch import LaunchOptions, launch, with_resources
+from flatmin.orchestrator.runner import RunOptions
+from flatmin.orchestrator.study import Resources
+from flatmin.orchestrator.tune import trial_resources
+from flatmin.results import Results
+
+Write = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    ("options", "available", "expected"),
+    [
+        (RunOptions(), {"CPU": 4.0}, {"cpu": 1.0, "gpu": 0.0}),
+        (RunOptions(), {"CPU": 4.0, "GPU": 2.0}, {"cpu": 1.0, "gpu": 1.0}),
+        (RunOptions(gpus_per_trial=0.25, cpus_per_trial=2), {"CPU": 4.0, "GPU": 1.0}, {"cpu": 2, "gpu": 0.25}),
+        (RunOptions(gpus_per_trial=0.0), {"CPU": 4.0, "GPU": 1.0}, {"cpu": 1.0, "gpu": 0.0}),
+    ],
+)
+def test_resources_of_a_trial(options: RunOptions, available: dict[str, float], expected: dict[str, float]) -> None:
+    assert trial_resources(options, available) == expected
+
+
+def test_resources_that_are_not_there_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"--gpus-per-trial 0\.5: the cluster has 0 GPUs"):
+        trial_resources(RunOptions(gpus_per_trial=0.5), {"CPU": 2.0})
+    with pytest.raises(RequestError, match="--cpus-per-trial 8: the cluster has 2 CPUs"):
+        trial_resources(RunOptions(cpus_per_trial=8), {"CPU": 2.0})
+
+
+def test_flags_come_before_the_study_and_the_study_before_the_defaults() -> None:
+    own = Resources(cpus_per_trial=3, gpus_per_trial=0.5)
+    assert with_resources(RunOptions(), own) == RunOptions(cpus_per_trial=3, gpus_per_trial=0.5)
+    assert with_resources(RunOptions(cpus_per_trial=2), own) == RunOptions(cpus_per_trial=2, gpus_per_trial=0.5)
+    assert with_resources(RunOptions(gpus_per_trial=0.0), own).gpus_per_trial == 0.0
+    assert with_resources(RunOptions(), Resources()).gpus_per_trial is None
+
+
+def test_ray_and_inline_give_the_same_rows_from_few_workers_and_say_one_line(
+    write_study: Write, tmp_path: Path
+) -> None:
+    study = write_study(write_study().read_text() + "measures: [lambda_max]\nresources: {models_per_trial: 1}\n")
+    command = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(study), "seeds=4", "epochs=60"]
+    done = subprocess.run([*command, "--results", str(tmp_path / "ray")], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "8 models trained, 0 of 8 remain"
+    assert all(" models/min" in line for line in done.stderr.splitlines()[:-1])
+    launch(str(study), tmp_path / "inline", ["seeds=4", "epochs=60"], LaunchOptions(inline=True))
+    tables = []
+    for name in ("ray", "inline"):
+        results = Results.open(tmp_path / name)
+        models = results.models().sort_values("model_id", ignore_index=True)
+        sharpness = results.sharpness().sort_values("model_id", ignore_index=True).drop(columns="seconds")
+        tables.append((models.drop(columns=["seconds", "started_at", "execution"]), sharpness))
+        if name == "ray":
+            workers = {json.loads(text)["pid"] for text in models["execution"]}
+            assert len(workers) < len(models), "workers were not reused"
+    for ours, theirs in zip(*tables, strict=True):
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
