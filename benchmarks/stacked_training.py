@@ -37,7 +37,9 @@ def ours(width: int, models: int, dataset: Dataset) -> float:
     """Return seconds per model and step of one stack."""
     overrides = [f"width={width}", f"seeds={models}", f"epochs={EPOCHS}", f"eval_every={EPOCHS}"]
     trial = Trial("benchmark", read_study("digits-double-descent", overrides).models)
-    trainer = StackTrainer(trial, dataset, network_builder(trial.program, dataset), Execution())
+    trainer = StackTrainer(
+        trial, dataset, network_builder(trial.program, dataset.input_shape, dataset.classes), Execution()
+    )
     start = time.perf_counter()
     steps = 0
     for _ in trainer.train():

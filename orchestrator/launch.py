@@ -154,6 +154,7 @@ def setting_names(row: Mapping[str, Any]) -> list[str]:
 def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease) -> Launched:
     before = what_is_missing(results, plan)
     out_of_time = _run(results, before, options, console, lease, len(plan.models))
+    results.clear_temporary()
     after = what_is_missing(results, plan)
     left = sum(len(trial.models) for trial in after.train)
     return Launched(
@@ -192,10 +193,12 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
 
 
 def heal(results: Results, console: Console) -> None:
-    """Remove the files that cannot be read, so that what they held is made again.
+    """Remove what cannot be read, so that it is made again, and what killed writers have left.
 
-    A trial whose `epochs` are lost is trained again; lost `sharpness` is measured from the weights.
+    A trial whose `epochs` are lost is trained again; lost `sharpness` is measured from the weights. Only
+    the owner of the lease may do this: a running worker's half-written file looks like a dead one's.
     """
+    results.clear_temporary()
     for table, file in results.unreadable():
         console.print(f"[yellow]{file} cannot be read; what it held is made again", highlight=False)
         results.remove(file)

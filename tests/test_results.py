@@ -12,10 +12,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from flatmin import lease
 from flatmin.errors import CorruptFileWarning, LeaseLost, ResultsError
 from flatmin.lease import Lease
+from flatmin.orchestrator.launch import heal
 from flatmin.results import Results, write_atomically
 from flatmin.tables import TABLES, fixed_columns, schema, to_arrow
 
@@ -98,6 +100,8 @@ def test_what_a_killed_writer_left_is_cleared_on_the_next_launch(results: Result
     left = results.path / "models" / ".t1.parquet.999.tmp"
     left.write_bytes(b"half")
     Results.create(results.path, "tiny")
+    assert left.exists(), "without the lease it may be a live worker's"
+    heal(results, Console(quiet=True))
     assert not left.exists()
 
 

@@ -50,14 +50,16 @@ def run(job: Job) -> Generator[int]:
 
 
 def _trainer(job: Job) -> StackTrainer:
-    dataset = load_dataset(dataset_settings(job.trial.program))
-    return StackTrainer(job.trial, dataset, network_builder(job.trial.program, dataset), job.execution)
+    dataset = load_dataset(plugin_settings("dataset", job.trial.program))
+    return StackTrainer(
+        job.trial, dataset, network_builder(job.trial.program, dataset.input_shape, dataset.classes), job.execution
+    )
 
 
-def dataset_settings(program: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Return the settings of a program that say which data it sees, hashable."""
-    plugin = get("dataset", str(program["dataset"]))
-    return (("dataset", program["dataset"]), *((name, program[name]) for name in plugin.arguments))
+def plugin_settings(kind: str, program: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return the name of a program's plug-in of a kind and the settings it takes, hashable."""
+    plugin = get(kind, str(program[kind]))
+    return ((kind, plugin.name), *((name, program[name]) for name in plugin.arguments))
 
 
 @lru_cache(maxsize=1)

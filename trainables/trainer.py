@@ -306,12 +306,12 @@ def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
 
 
-def network_builder(program: Mapping[str, Any], dataset: Dataset) -> Callable[[], nn.Module]:
-    """Return a function that builds the network which a program names, for a data set."""
+def network_builder(program: Mapping[str, Any], input_shape: tuple[int, ...], classes: int) -> Callable[[], nn.Module]:
+    """Return a function that builds the network which a program names, for examples of a shape."""
     plugin = get("network", str(program["network"]))
     entry = plugin.load()
     settings = {name: program[name] for name in plugin.arguments}
-    return lambda: entry(dataset.input_shape, dataset.classes, **settings)
+    return lambda: entry(input_shape, classes, **settings)
 
 
 def buffers_of(outcomes: Sequence[Outcome], device: torch.device) -> Buffers:

@@ -77,7 +77,6 @@ class Results:
                     raise ResultsError(f"'{path}' is not empty and is not a results directory; choose another")
                 header = {"schema": SCHEMA_VERSION, "study": study, "created_at": now().isoformat()}
                 write_atomically(results.header_file, json.dumps(header, indent=2).encode())
-            results.clear_temporary()
         except OSError as error:
             raise ResultsError(f"'{path}' cannot be written: {error.strerror or error}") from None
         return results

@@ -140,10 +140,10 @@ def test_a_failing_trial_is_tried_again_and_the_others_go_on(
 
     builder = trainer.network_builder
 
-    def broken(program: Any, dataset: Any) -> Any:
+    def broken(program: Any, *shape: Any) -> Any:
         if program["width"] == 2:
             raise ZeroDivisionError("a bug of the plug-in")
-        return builder(program, dataset)
+        return builder(program, *shape)
 
     monkeypatch.setattr("flatmin.trainables.job.network_builder", broken)
     done, said = go(study, tmp_path / "r", max_failures=1)

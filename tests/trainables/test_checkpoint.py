@@ -54,7 +54,7 @@ def test_stopped_and_gone_on_is_bitwise_the_undisturbed_run(tmp_path: Path, opti
             for _ in run(job):
                 pass
         assert not results.state_file(one.trial_id).exists()
-        trainer = StackTrainer(one, _digits(), network_builder(one.program, _digits()), Execution())
+        trainer = StackTrainer(one, _digits(), network_builder(one.program, (1, 8, 8), 10), Execution())
         weights.append(load_weights(results, one, trainer.network, [], torch.device("cpu")))
         drop = ["seconds", "started_at", "execution"]
         rows.append((results.models().drop(columns=drop), results.epochs().drop(columns="seconds")))
