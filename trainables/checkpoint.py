@@ -38,7 +38,7 @@ def restore_state(results: Results, trainer: StackTrainer) -> bool:
     if not file.exists():
         return False
     try:
-        state: dict[str, Any] = torch.load(file, map_location=trainer.device, weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         progress = Progress(**state["progress"])
         outcomes = [Outcome(**outcome) for outcome in state["outcomes"]]
     except Exception:  # torch.load raises whatever the damaged bytes lead it to

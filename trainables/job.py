@@ -40,7 +40,9 @@ def run(job: Job) -> Generator[int]:
         FlatminError: The data, the weights or a measure cannot be used.
     """
     torch.set_num_threads(job.execution.threads)
-    torch.set_float32_matmul_precision("high" if job.trial.program["precision"] == "tf32" else "highest")
+    tf32 = job.trial.program["precision"] == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # convolutions would use it by default
     results = Results(Path(job.results))
     trainer = _trainer(job)
     if job.trial.committed_as:

@@ -55,19 +55,25 @@ class Progress:
 
     def select(self, index: Tensor) -> Progress:
         """Return the progress of some of the models, by row."""
+        chosen = self._with(lambda tensor: tensor[index])
+        return replace(chosen, alive=[self.alive[row] for row in index.tolist()])
 
-        def rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor[index] for name, tensor in tensors.items()}
+    def to(self, device: torch.device) -> Progress:
+        """Return the progress with its tensors on a device."""
+        return self._with(lambda tensor: tensor.to(device))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Progress:
+        def each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
 
         return replace(
             self,
-            alive=[self.alive[row] for row in index.tolist()],
-            params=self.params[index],
-            buffers=rows(self.buffers),
-            optimizer=rows(self.optimizer),
-            params_before=self.params_before[index],
-            buffers_before=rows(self.buffers_before),
-            running=self.running[index],
+            params=change(self.params),
+            buffers=each(self.buffers),
+            optimizer=each(self.optimizer),
+            params_before=change(self.params_before),
+            buffers_before=each(self.buffers_before),
+            running=change(self.running),
         )
 
 
@@ -123,7 +129,7 @@ class StackTrainer:
 
     def restore(self, progress: Progress, outcomes: list[Outcome]) -> None:
         """Go on from a checkpoint."""
-        self.progress, self.outcomes = progress, outcomes
+        self.progress, self.outcomes = progress.to(self.device), outcomes
         self._narrow()
 
     def train(self) -> Iterator[Progress]:
