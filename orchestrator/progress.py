@@ -98,7 +98,11 @@ class Display:
         self.ended.pop(job.trial.trial_id, None)
         fate = "gives up" if final else "will be tried again"
         names = f"trial {job.trial.trial_id} ({len(job.trial.models)} models)"
-        self.console.print(f"[yellow]{names} {fate}: {error}", highlight=False)
+        self.said(f"{names} {fate}: {error}")
+
+    def said(self, text: str) -> None:
+        """Pass a sentence on to the user."""
+        self.console.print(f"[yellow]{text}", highlight=False)
 
 
 def duration(seconds: float) -> str:

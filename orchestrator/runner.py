@@ -23,6 +23,9 @@ class Monitor(Protocol):
     def failed(self, job: Job, error: str, *, final: bool) -> None:
         """Take note that an attempt failed; `final` when the job will not be tried again."""
 
+    def said(self, text: str) -> None:
+        """Pass a sentence on to the user."""
+
 
 @dataclass(frozen=True)
 class RunOptions:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,18 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
     """Run jobs as Ray Tune trials; return whether the time budget was spent.
 
     Raises:
-        RequestError: The cluster cannot be reached, or has not what one trial asks for.
+        RequestError: The cluster cannot be reached, or this machine has not what one trial asks for.
         LeaseLost: Another driver has taken the results over.
     """
     deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
     with _cluster(options.address), _quiet(results):
         available = ray.cluster_resources()
         resources = trial_resources(options, available)
-        # Tune keeps 200 trials pending otherwise, and looks at each of them in every turn of its loop.
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max(1, int(available["CPU"] // resources["cpu"])))
+        lack = shortage(resources, available)
+        if lack and options.address is None:
+            raise RequestError(lack)
+        if lack:
+            monitor.said(f"{lack} now; trials wait until it has grown")
         device = "cuda" if resources["gpu"] > 0 else "cpu"
         jobs = [replace(job, execution=replace(job.execution, device=device)) for job in jobs]
         failures: Counter[str] = Counter()
@@ -64,20 +67,19 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 
 
-def trial_resources(options: RunOptions, available: dict[str, float]) -> dict[str, float]:
-    """Return the resources of one trial.
+def trial_resources(options: RunOptions, available: Mapping[str, float]) -> dict[str, float]:
+    """Return the CPUs and GPUs of one trial on a cluster that has these."""
+    gpus = options.gpus_per_trial if options.gpus_per_trial is not None else min(1.0, available.get("GPU", 0.0))
+    return {"cpu": options.cpus_per_trial or 1.0, "gpu": gpus}
 
-    Raises:
-        RequestError: The cluster has less than one trial asks for.
-    """
-    gpus = available.get("GPU", 0.0)
-    wanted = options.gpus_per_trial if options.gpus_per_trial is not None else min(1.0, gpus)
-    if wanted > gpus:
-        raise RequestError(f"--gpus-per-trial {wanted:g}: the cluster has {gpus:g} GPUs")
-    cpus = options.cpus_per_trial or 1.0
-    if cpus > available.get("CPU", 0.0):
-        raise RequestError(f"--cpus-per-trial {cpus:g}: the cluster has {available.get('CPU', 0):g} CPUs")
-    return {"cpu": cpus, "gpu": wanted}
+
+def shortage(resources: Mapping[str, float], available: Mapping[str, float]) -> str:
+    """Return what a cluster lacks for one trial, as a sentence; empty when it lacks nothing."""
+    for name in ("cpu", "gpu"):
+        there = available.get(name.upper(), 0.0)
+        if resources[name] > there:
+            return f"--{name}s-per-trial {resources[name]:g}: the cluster has {there:g} {name.upper()}s"
+    return ""
 
 
 def _fit(

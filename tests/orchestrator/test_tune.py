@@ -15,7 +15,7 @@ from flatmin.errors import RequestError
 from flatmin.orchestrator.launch import LaunchOptions, launch, with_resources
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.orchestrator.study import Resources
-from flatmin.orchestrator.tune import trial_resources
+from flatmin.orchestrator.tune import shortage, trial_resources
 from flatmin.results import Results
 
 Write = Callable[..., Path]
@@ -34,11 +34,16 @@ def test_resources_of_a_trial(options: RunOptions, available: dict[str, float], 
     assert trial_resources(options, available) == expected
 
 
-def test_resources_that_are_not_there_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"--gpus-per-trial 0\.5: the cluster has 0 GPUs"):
-        trial_resources(RunOptions(gpus_per_trial=0.5), {"CPU": 2.0})
-    with pytest.raises(RequestError, match="--cpus-per-trial 8: the cluster has 2 CPUs"):
-        trial_resources(RunOptions(cpus_per_trial=8), {"CPU": 2.0})
+def test_what_a_cluster_lacks_is_said() -> None:
+    assert shortage({"cpu": 1.0, "gpu": 0.5}, {"CPU": 2.0}) == "--gpus-per-trial 0.5: the cluster has 0 GPUs"
+    assert shortage({"cpu": 8.0, "gpu": 0.0}, {"CPU": 2.0}) == "--cpus-per-trial 8: the cluster has 2 CPUs"
+    assert shortage({"cpu": 2.0, "gpu": 0.5}, {"CPU": 2.0, "GPU": 1.0}) == ""
+
+
+def test_this_machine_does_not_grow_so_a_shortage_is_refused(write_study: Write, tmp_path: Path) -> None:
+    options = LaunchOptions(run=RunOptions(cpus_per_trial=4096))
+    with pytest.raises(RequestError, match="--cpus-per-trial 4096: the cluster has"):
+        launch(str(write_study()), tmp_path / "r", options=options)
 
 
 def test_flags_come_before_the_study_and_the_study_before_the_defaults() -> None:

@@ -106,9 +106,15 @@ def eight_models(optimizer: str) -> list[Model]:
 
 
 def trained(
-    models: list[Model], dataset: Dataset, build: Callable[[], nn.Module], steps: int, vectorize: Any
+    models: list[Model],
+    dataset: Dataset,
+    build: Callable[[], nn.Module],
+    steps: int,
+    vectorize: Any = "vmap",
+    device: str = "cpu",
 ) -> StackTrainer:
-    trainer = StackTrainer(Trial("s", tuple(models)), dataset, build, Execution(vectorize=vectorize))
+    execution = Execution(vectorize=vectorize, device=device)
+    trainer = StackTrainer(Trial("s", tuple(models)), dataset, build, execution)
     for step, _ in enumerate(trainer.train(), 1):
         if step == steps:
             return trainer
@@ -217,12 +223,21 @@ def test_neighbours_and_place_change_nothing(network: str, dataset: Dataset) -> 
     """A model alone, among eight, and among eight in another order has the same weights."""
     models, build = eight_models("sgd"), BUILDERS[network]
     order = [5, 2, 7, 0, 3, 6, 1, 4]
-    together = trained(models, dataset, build, STEPS, "vmap").progress.params
-    shuffled = trained([models[k] for k in order], dataset, build, STEPS, "vmap").progress.params
+    together = trained(models, dataset, build, STEPS).progress.params
+    shuffled = trained([models[k] for k in order], dataset, build, STEPS).progress.params
     torch.testing.assert_close(shuffled, together[order], rtol=0, atol=1e-9)
     for k in (0, 4, 7):
-        alone = trained([models[k]], dataset, build, STEPS, "vmap").progress.params
+        alone = trained([models[k]], dataset, build, STEPS).progress.params
         torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", list(BUILDERS))
+def test_cuda_equals_the_cpu(network: str, dataset: Dataset) -> None:
+    models, build = eight_models("sgd"), BUILDERS[network]
+    on_cpu = trained(models, dataset, build, STEPS).progress.params
+    on_cuda = trained(models, dataset, build, STEPS, device="cuda").progress.params
+    torch.testing.assert_close(on_cuda.cpu(), on_cpu, rtol=0, atol=1e-9)
 
 
 def test_models_end_each_at_its_own_time(dataset: Dataset) -> None:
