@@ -107,10 +107,11 @@ def under_way(results: Path) -> bool:
 
 
 def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return the Ray workers that train right now; Ray names a process by the method it runs."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "TuneTrainable" in " ".join(process.cmdline()):
+            if "Trainable.train" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
