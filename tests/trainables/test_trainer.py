@@ -231,6 +231,23 @@ def test_neighbours_and_place_change_nothing(network: str, dataset: Dataset) -> 
         torch.testing.assert_close(alone[0], together[k], rtol=0, atol=1e-9)
 
 
+def test_streams_are_paired(dataset: Dataset) -> None:
+    """Models that differ in other settings share what their seeds say; each seed moves its own stream alone."""
+    models = [
+        model(seed=3),
+        model(seed=3, lr=0.5, weight_decay=1e-3, label_noise=0.4, data_noise=0.2, epochs=20),
+        model(seed=3, init_seed=9),
+        model(seed=3, order_seed=9),
+        model(seed=3, noise_seed=9, label_noise=0.4),
+    ]
+    trainer = StackTrainer(Trial("s", tuple(models)), dataset, BUILDERS["mlp"], Execution())
+    weights, orders, labels = trainer.progress.params, trainer._orders(), trainer.data.train.y
+    assert [torch.equal(row, weights[0]) for row in weights] == [True, True, False, True, True]
+    assert [torch.equal(row, orders[0]) for row in orders] == [True, True, True, False, True]
+    assert not torch.equal(labels[1], labels[4])
+    assert torch.equal(labels[0], labels[2])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("network", list(BUILDERS))
 def test_cuda_equals_the_cpu(network: str, dataset: Dataset) -> None:
