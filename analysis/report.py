@@ -208,7 +208,7 @@ def _model_table(models: pd.DataFrame, sharpness: pd.DataFrame) -> str:
     labels = frames.labels(sharpness)
     seeds = [name for name in frames.SEED_COLUMNS if name in models.columns and models[name].nunique() > 1]
     # A seed of one stream is `seed` unless it was given; only then it tells something.
-    seeds = [name for name in seeds if name == "seed" or not models[name].equals(models.get("seed"))]
+    seeds = [name for name in seeds if name == "seed" or "seed" not in seeds or not models[name].equals(models["seed"])]
     chosen = [
         "model_id",
         *frames.varying(models),
