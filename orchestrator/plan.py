@@ -38,7 +38,8 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
     """Partition a study into stacks.
 
     Models may share a stack when they agree in every setting that is not `per_model`. A group larger than
-    `models_per_trial` is cut into stacks of nearly equal size, in grid order.
+    `models_per_trial` is cut into stacks of nearly equal size. Groups are ordered by model id, so the order in which
+    a study lists its values changes neither a stack's members nor their places.
 
     Args:
         study: The study.
@@ -52,7 +53,7 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
     trials = [
         Trial(study.name, tuple(members), study.measures)
         for group in groups.values()
-        for members in _even_parts(group, largest)
+        for members in _even_parts(sorted(group, key=lambda model: model.model_id), largest)
     ]
     return Plan(study.name, tuple(trials))
 

@@ -10,7 +10,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,6 +185,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     private = address is None
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -193,6 +196,8 @@ def _cluster(address: str | None) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from flatmin.trial import Trial
 def save_state(results: Results, trainer: StackTrainer) -> None:
     """Write the whole stack, its flags and its step, in place of the checkpoint before."""
     state = {
+        "model_ids": [model.model_id for model in trainer.trial.models],
         "progress": {f.name: getattr(trainer.progress, f.name) for f in dataclasses.fields(Progress)},
         "outcomes": [dataclasses.asdict(outcome) for outcome in trainer.outcomes],
     }
@@ -32,13 +33,15 @@ def save_state(results: Results, trainer: StackTrainer) -> None:
 def restore_state(results: Results, trainer: StackTrainer) -> bool:
     """Go on from the trial's checkpoint; return whether there was one that could be read.
 
-    One that is damaged is removed: the trial starts again.
+    One that is damaged, or holds its models in other places, is removed: the trial starts again.
     """
     file = results.state_file(trainer.trial.trial_id)
     if not file.exists():
         return False
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        if state["model_ids"] != [model.model_id for model in trainer.trial.models]:
+            raise ValueError("other models, or in another order")
         progress = Progress(**state["progress"])
         outcomes = [Outcome(**outcome) for outcome in state["outcomes"]]
     except Exception:  # torch.load raises whatever the damaged bytes lead it to

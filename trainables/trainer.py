@@ -161,6 +161,8 @@ class StackTrainer:
         self._recipes = [self.recipes[position] for position in self.progress.alive]
         self._data: StackData = self.data.select(index.to(self.device))
         self._optimizer = self.optimizer.select(index.to(self.device))
+        limits = [recipe.max_loss for recipe in self._recipes]
+        self._max_loss = torch.tensor(limits, dtype=torch.float64, device=self.device)
         keys = [stream_key("training", recipe.order_seed) for recipe in self._recipes]
         self._keys = torch.tensor(keys, dtype=torch.int64, device=self.device)
 
@@ -194,8 +196,7 @@ class StackTrainer:
         factors = [recipe.lr_factor(now.epoch) for recipe in self._recipes]
         lr_factor = torch.tensor(factors, dtype=now.params.dtype, device=self.device)[:, None]
         losses, params, state = self._optimizer.step(now.params, now.optimizer, lr_factor, loss_and_grad)
-        limits = torch.tensor([recipe.max_loss for recipe in self._recipes], device=self.device)
-        bad_loss = ~(losses <= limits)  # true for NaN as well
+        bad_loss = ~(losses <= self._max_loss)  # true for NaN as well
         bad_step = ~torch.isfinite(params).all(dim=1)
         keep = now.running & ~bad_loss & ~bad_step
         back = now.running & bad_loss
@@ -222,6 +223,12 @@ class StackTrainer:
         if not any(due) and not stopping:
             return
         train = self._evaluate(self._data.train)
+        lost = now.running.cpu() & ~(train.loss <= self._max_loss.cpu())
+        if bool(lost.any()):  # the last step led out of bounds, and no batch has seen it
+            self._step_back(lost.to(self.device))
+            train = self._evaluate(self._data.train)
+            running = now.running.tolist()
+            due = [a or b for a, b in zip(due, lost.tolist(), strict=True)]
         reached = [
             recipe.stop_loss > 0 and loss <= recipe.stop_loss
             for recipe, loss in zip(self._recipes, train.loss.tolist(), strict=True)
@@ -235,7 +242,8 @@ class StackTrainer:
         for row, position in enumerate(now.alive):
             recipe = self._recipes[row]
             if due[row]:
-                lr = float(self.trial.models[position].settings.get("lr", 0.0)) * lr_factors[row]
+                base = self.trial.models[position].settings.get("lr")
+                lr = None if base is None else float(base) * lr_factors[row]
                 self.outcomes[position].epochs.append(self._epoch_row(scores, row, lr))
             status = "diverged" if not running[row] else "converged" if reached[row] else "finished"
             if not running[row] or reached[row] or now.epoch >= recipe.epochs:
@@ -246,10 +254,17 @@ class StackTrainer:
             self.progress = now.select(torch.tensor(left, dtype=torch.int64, device=self.device))
             self._narrow()
 
+    def _step_back(self, rows: Tensor) -> None:
+        """Give some models, bool `[K]`, the weights from before the last step, and end their training."""
+        now = self.progress
+        now.params = _where(rows, now.params_before, now.params)
+        now.buffers = {name: _where(rows, now.buffers_before[name], buffer) for name, buffer in now.buffers.items()}
+        now.running = now.running & ~rows
+
     def _evaluate(self, split: Split) -> Scores:
         return evaluate(self.network, self.progress.params, self.progress.buffers, split)
 
-    def _epoch_row(self, scores: Mapping[str, Scores | None], row: int, lr: float) -> dict[str, Any]:
+    def _epoch_row(self, scores: Mapping[str, Scores | None], row: int, lr: float | None) -> dict[str, Any]:
         columns: dict[str, Any] = {"epoch": self.progress.epoch}
         for part, score in scores.items():
             columns[f"{part}_loss"] = float(score.loss[row]) if score else None

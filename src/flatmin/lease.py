@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import TracebackType
 from typing import Any
 
@@ -64,7 +66,8 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if not self.lost:
-            self._write(released=True)
+            with contextlib.suppress(OSError):  # a full disk: the heartbeat stops, which says the same
+                self._write(released=True)
 
     def raise_if_lost(self) -> None:
         """Raise when another driver has taken the lease.
@@ -102,10 +105,13 @@ class Lease:
 def read(results: Results) -> Mapping[str, Any] | None:
     """Return the newest lease, or None when there is none that can be read."""
     try:
-        content: dict[str, Any] = json.loads(results.lease_file.read_text())
-    except (OSError, ValueError):
+        content = json.loads(results.lease_file.read_text())
+        datetime.fromisoformat(content["started_at"])
+        kinds = {"token": str, "host": str, "pid": int, "heartbeat": int | float, "max_failures": int, "released": bool}
+        whole = all(isinstance(content[name], kind) for name, kind in kinds.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return content if {"token", "host", "pid", "started_at", "heartbeat", "released"} <= set(content) else None
+    return content if whole else None
 
 
 def alive(held: Mapping[str, Any]) -> bool:

@@ -40,6 +40,9 @@ class Results:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", local(self.path))
+
     @classmethod
     def open(cls, path: str | Path) -> Results:
         """Open an existing results directory.
@@ -73,7 +76,8 @@ class Results:
         try:
             results.path.mkdir(parents=True, exist_ok=True)
             if not results.header_file.exists():
-                if any(entry.name != "lease.json" for entry in results.path.iterdir()):
+                names = {entry.name for entry in results.path.iterdir() if not _is_temporary(entry)}
+                if names - {"lease.json"}:
                     raise ResultsError(f"'{path}' is not empty and is not a results directory; choose another")
                 header = {"schema": SCHEMA_VERSION, "study": study, "created_at": now().isoformat()}
                 write_atomically(results.header_file, json.dumps(header, indent=2).encode())
@@ -116,9 +120,12 @@ class Results:
         """
         try:
             header: dict[str, Any] = json.loads(self.header_file.read_text())
-            version = int(header["schema"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ResultsError(f"'{self.header_file}' cannot be read: {error}") from None
+            version, _ = int(header["schema"]), str(header["study"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResultsError(
+                f"'{self.header_file}' cannot be read ({error}); it should hold "
+                f'{{"schema": {SCHEMA_VERSION}, "study": NAME}}'
+            ) from None
         if version != SCHEMA_VERSION:
             age = "an older" if version < SCHEMA_VERSION else "a newer"
             raise ResultsError(
@@ -194,16 +201,23 @@ class Results:
 
     def clear_temporary(self) -> None:
         """Remove what interrupted writes have left."""
-        for file in self.path.glob("**/.*.tmp"):
-            file.unlink(missing_ok=True)
+        for file in self.path.rglob("*"):
+            if _is_temporary(file):
+                file.unlink(missing_ok=True)
 
     def _scan(self, table: str) -> tuple[dict[Path, pa.Table], list[tuple[Path, Exception]]]:
         good: dict[Path, pa.Table] = {}
         bad: list[tuple[Path, Exception]] = []
-        for file in sorted((self.path / table).glob("*.parquet")):
+        for file in sorted(file for file in (self.path / table).glob("*.parquet") if file.is_file()):
             try:
-                good[file] = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
-            except (pa.ArrowException, OSError) as error:
+                rows = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
+                wrong = [field.name for field in schema(table) if field not in rows.schema]
+                if wrong:
+                    raise ValueError(
+                        f"not a file of {table}: it lacks the column {wrong[0]}, or has it in another type"
+                    )
+                good[file] = rows
+            except (pa.ArrowException, OSError, ValueError) as error:
                 bad.append((file, error))
         return good, bad
 
@@ -223,6 +237,10 @@ def _joint_key(rows: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(rows["model_id"], rows["trial_id"], "/")
 
 
+def _is_temporary(file: Path) -> bool:
+    return file.name.startswith(".") and file.suffix == ".tmp"
+
+
 def local(path: str | Path) -> Path:
     """Return a results path.
 
@@ -231,7 +249,10 @@ def local(path: str | Path) -> Path:
     """
     if "://" in str(path):
         raise ResultsError(f"'{path}': results go to a directory that every node sees; this version writes no bucket")
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ResultsError(f"'{path}': {error}") from None
 
 
 def write_atomically(file: Path, content: bytes | Callable[[Path], None]) -> None:

@@ -154,13 +154,14 @@ def test_a_killed_driver_leaves_a_sweep_that_goes_on(
         assert (tmp_path / "r" / "models" / name).stat().st_mtime_ns == written, "a finished trial was done again"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(
-    study: Path, undisturbed: list[pd.DataFrame], tmp_path: Path
+    study: Path, undisturbed: list[pd.DataFrame], tmp_path: Path, number: signal.Signals
 ) -> None:
     first = start(study, tmp_path / "r")
     with no_process_left(first):
         wait_for(lambda: under_way(tmp_path / "r"), first)
-        first.send_signal(signal.SIGINT)
+        first.send_signal(number)
         _, said = first.communicate(timeout=TIMEOUT)
     assert first.returncode == 130, said
     assert "run the same command to go on" in said

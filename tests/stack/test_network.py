@@ -83,13 +83,19 @@ def test_module_is_a_copy_with_the_models_weights_and_buffers(batch: Batch) -> N
     torch.testing.assert_close(single(batch.x[2]), network.logits(params, buffers, batch)[2], rtol=0, atol=1e-12)
 
 
-def test_what_draws_at_random_without_a_stream_is_refused(batch: Batch) -> None:
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_what_draws_at_random_without_a_stream_is_refused(batch: Batch, vectorize: Any) -> None:
     noisy = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(72, 4)).double()
     params, buffers = StackedNetwork.stack([noisy, noisy])
-    network = StackedNetwork(noisy, "vmap")
+    network = StackedNetwork(noisy, vectorize)
     two = batch.select(torch.tensor([0, 1]))
     with pytest.raises(RuntimeError, match="random"):
         network.losses(params, buffers, two, train=True)
+    rrelu = nn.Sequential(nn.Flatten(), nn.RReLU(), nn.Linear(72, 4)).double()
+    with pytest.raises(RuntimeError, match=r"random|rrelu"):
+        StackedNetwork(rrelu, vectorize).losses(
+            *StackedNetwork.stack([rrelu, rrelu]), two, train=True, streams=Streams(torch.arange(2))
+        )
     assert torch.isfinite(network.losses(params, buffers, two, train=True, streams=Streams(torch.arange(2)))).all()
 
 

@@ -11,7 +11,7 @@ from flatmin.lease import Lease
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
 from flatmin.results import Results
-from flatmin.trainables.checkpoint import load_weights, weights_hash
+from flatmin.trainables.checkpoint import load_weights, restore_state, weights_hash
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.job import load_dataset, run
 from flatmin.trainables.trainer import StackTrainer, network_builder
@@ -63,6 +63,35 @@ def test_stopped_and_gone_on_is_bitwise_the_undisturbed_run(tmp_path: Path, opti
     assert rows[0][1].equals(rows[1][1])
     # The metadata's hashes are those of the initial weights, made again from the seed.
     assert weights[0][2] == [weights_hash(row) for row in trainer.progress.params]
+
+
+def test_a_study_may_list_its_values_in_another_order_after_a_kill(tmp_path: Path) -> None:
+    """The stack's members keep their places, so every model goes on as itself."""
+    plain, text = tmp_path / "a.yaml", STUDY % ("mlp", "sgd")
+    plain.write_text(text)
+    turned = tmp_path / "b.yaml"
+    turned.write_text(text.replace("[0.0, 1.2]", "[1.2, 0.0]").replace("[0.0, 0.1]", "[0.1, 0.0]"))
+    (one,), (other,) = (make_plan(read_study(str(file))).trials for file in (plain, turned))
+    assert one == other
+    results, whole = Results.create(tmp_path / "r", "tiny"), Results.create(tmp_path / "whole", "tiny")
+    with Lease(results) as lease:
+        stop_after(Job(one, str(results.path), lease.token, Execution()), 7)
+        list(run(Job(other, str(results.path), lease.token, Execution())))
+    with Lease(whole) as lease:
+        list(run(Job(one, str(whole.path), lease.token, Execution())))
+    drop = ["seconds", "started_at", "execution"]
+    assert results.models().drop(columns=drop).equals(whole.models().drop(columns=drop))
+
+
+def test_a_checkpoint_of_models_in_other_places_is_not_used(tmp_path: Path) -> None:
+    one = trial(tmp_path, "sgd")
+    turned = Trial(one.study, one.models[::-1], one.measures)
+    results = Results.create(tmp_path / "r", "tiny")
+    with Lease(results) as lease:
+        stop_after(Job(one, str(results.path), lease.token, Execution()), 3)
+        trainer = StackTrainer(turned, _digits(), network_builder(one.program, (1, 8, 8), 10), Execution())
+        assert turned.trial_id == one.trial_id
+        assert not restore_state(results, trainer)
 
 
 def test_a_damaged_checkpoint_starts_the_trial_again(tmp_path: Path) -> None:

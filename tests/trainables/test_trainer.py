@@ -295,6 +295,20 @@ def test_diverged_model_keeps_the_weights_from_before(dataset: Dataset) -> None:
     assert torch.equal(trainer.outcomes[0].params, initial[0])
 
 
+def test_a_last_step_out_of_bounds_is_a_divergence_too(dataset: Dataset) -> None:
+    """One step in all, so that no batch ever sees the weights it leads to."""
+    one = model(lr=1e30, epochs=1, batch_size=100)
+    trainer = StackTrainer(Trial("s", (one,)), dataset, BUILDERS["mlp"], Execution())
+    initial = trainer.progress.params.clone()
+    list(trainer.train())
+    outcome = trainer.outcomes[0]
+    assert outcome.row is not None
+    assert outcome.params is not None
+    assert outcome.row["status"] == "diverged"
+    assert torch.equal(outcome.params, initial[0])
+    assert outcome.row["train_loss"] < 10
+
+
 def test_converged_means_the_training_loss_in_eval_mode(dataset: Dataset) -> None:
     """The stop uses the whole training set without dropout, at every epoch, and is what the row says."""
     one = model(lr=0.02, epochs=300, stop_loss=1.9, eval_every=100)

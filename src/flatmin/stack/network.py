@@ -120,7 +120,8 @@ class StackedNetwork:
             return outputs
 
         if self._loops(params):
-            return torch.stack(
+            before = torch.get_rng_state()
+            rows = torch.stack(
                 [
                     forward(
                         {name: tensor[k] for name, tensor in tensors.items()},
@@ -130,6 +131,11 @@ class StackedNetwork:
                     for k in range(len(params))
                 ]
             )
+            if not torch.equal(torch.get_rng_state(), before):
+                raise RuntimeError(
+                    "the network draws random numbers other than through dropout; a stack cannot repeat it"
+                )
+            return rows
         in_dims = (0, 0, None if batch.shared else 0)
         outputs: Tensor = vmap(forward, in_dims=in_dims, randomness="error")(tensors, keys, batch.x)
         return outputs
