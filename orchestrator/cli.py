@@ -52,19 +52,9 @@ StackOption = Annotated[str | None, typer.Option("--models-per-trial", help="The
 @app.command()
 def studies(as_json: JsonOption = False) -> None:
     """List the built-in studies: what can be run, how many models, where it comes from."""
-    from flatmin.orchestrator.study import builtin_names, read_study
+    from flatmin.orchestrator.study import builtin_studies
 
-    rows = []
-    for name in builtin_names():
-        study = read_study(name)
-        rows.append(
-            {
-                "name": name,
-                "models": len(study.models),
-                "source": study.file.source,
-                "about": study.file.about,
-            }
-        )
+    rows = builtin_studies()
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -232,17 +222,14 @@ def measure(
     max_failures: Annotated[int, typer.Option(min=0, help="How often a trial may fail and be tried again.")] = 3,
 ) -> None:
     """Compute measures of trained models from their saved weights; retrain nothing."""
-    from flatmin.labels import parse_label, split_list
-    from flatmin.orchestrator.launch import LaunchOptions, measure_saved
+    from flatmin.labels import split_list
+    from flatmin.orchestrator.launch import LaunchOptions
+    from flatmin.orchestrator.launch import measure as run
     from flatmin.orchestrator.runner import RunOptions
 
-    labels = [parse_label(text).label for text in split_list(measures)]
-    if not labels:
-        raise RequestError("--measures: name at least one measure")
     console = Console(stderr=True)
-    done = measure_saved(
-        results, labels, LaunchOptions(run=RunOptions(max_failures=max_failures), inline=inline), console
-    )
+    options = LaunchOptions(run=RunOptions(max_failures=max_failures), inline=inline)
+    done = run(results, split_list(measures), options, console)
     console.print(f"{done.measured} models measured, {done.remaining} remain", highlight=False)
     raise typer.Exit(done.exit_code)
 
@@ -358,9 +345,13 @@ def _short(value: Any) -> str:
 
 
 def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    import pandas as pd
+
     table = Table(*header, show_header=any(header), box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*("" if value is None else escape(str(value)) for value in row))
+        table.add_row(
+            *("" if pd.api.types.is_scalar(value) and pd.isna(value) else escape(str(value)) for value in row)
+        )
     # A pipe has no width of its own: whole cells are worth more there than lines of 80 characters.
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flatmin.analysis.correlation import Correlations, correlate
 from flatmin.analysis.frames import read_table
+from flatmin.errors import RequestError
 from flatmin.results import Results
 
 
@@ -33,6 +34,8 @@ def correlate_table(
     if (Path(table) / "results.json").exists():
         results = Results.open(table)
         models, sharpness = results.models(), results.sharpness()
+        if models.empty:
+            raise RequestError(f"'{table}' holds no trained model yet")
     else:
         models, sharpness = read_table(table), None
     return correlate(models, sharpness, target=target, axes=axes, measures=measures, seed_column=seed_column)

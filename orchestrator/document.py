@@ -11,6 +11,9 @@ import yaml
 
 from flatmin.errors import StudyError
 
+_DEEPEST = 20
+"""Levels of nesting; a YAML alias that holds itself has no end."""
+
 Place = tuple[str | int, ...]
 """A path into the document, such as `("axes", "lr", 0)`."""
 
@@ -70,6 +73,8 @@ def load(path: Path, source: str) -> Document:
 
 def _mark(node: yaml.Node, place: Place, lines: dict[Place, int], problems: list[str], source: str) -> None:
     lines[place] = node.start_mark.line + 1
+    if len(place) > _DEEPEST:
+        raise StudyError([f"{source}:{node.start_mark.line + 1}: nested too deeply for a study"])
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             child = (*place, str(key.value))

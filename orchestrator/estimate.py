@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatmin.errors import RequestError
 from flatmin.trial import Trial
 
 STEP_SECONDS = 1.2e-3
@@ -44,8 +45,18 @@ class Estimate:
 
 
 def estimate(trials: Sequence[Trial]) -> Estimate:
-    """Estimate what trials cost."""
+    """Estimate what trials cost.
+
+    Raises:
+        RequestError: A trial holds out so much for validation that nothing is left to train on.
+    """
     costs = program_costs([trial.program for trial in trials])
+    for trial, cost in zip(trials, costs, strict=True):
+        if cost.get("train_size", 1) < 1:
+            held_out = trial.program["val_size"]
+            raise RequestError(
+                f"val_size = {held_out} leaves nothing of {cost['train_size'] + held_out} training examples"
+            )
     problem = next((cost["error"] for cost in costs if "error" in cost), "")
     seconds = tuple(
         None if "error" in cost else trial_seconds(trial, cost) for trial, cost in zip(trials, costs, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import duckdb
 import pandas as pd
@@ -43,8 +44,18 @@ class Status:
         return asdict(self)
 
 
-def status(results: Results) -> Status:
-    """Count a study's models."""
+def opened(results: Results | str | Path) -> Results:
+    """Return a results directory that was given as itself or as a path."""
+    return Results.open(results.path if isinstance(results, Results) else results)
+
+
+def status(results: Results | str | Path) -> Status:
+    """Count a study's models.
+
+    Raises:
+        ResultsError: There is no such results directory.
+    """
+    results = opened(results)
     planned = set(results.table("plan")["model_id"].to_pylist())
     models = results.table("models").select(["model_id", "status", "started_at"]).to_pylist()
     by_status = dict.fromkeys(("converged", "finished", "diverged"), 0)
@@ -79,18 +90,21 @@ def _used_up(results: Results, max_failures: int) -> set[str]:
     return set(worn["model_id"].to_pylist())
 
 
-def query(results: Results, sql: str) -> pd.DataFrame:
+def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
     """Run SQL over a study's tables and the view `wide`.
 
     Raises:
-        RequestError: The SQL is wrong; the tables and views there are, are named.
+        RequestError: There is no such directory, or the SQL is wrong; the tables and views there are, are named.
     """
+    results = opened(results)
     connection = duckdb.connect()
     try:
         connection.execute("SET enable_external_access = false")
         for name in TABLES:
-            connection.register(name, results.table(name))
+            connection.register(name, _with_settings(results, name))
         connection.register("wide", wide(results))
+        if not duckdb.extract_statements(sql):
+            raise RequestError("the query is empty; write SQL, such as SELECT * FROM wide")
         frame: pd.DataFrame = connection.execute(sql).df()
         return frame
     except duckdb.Error as error:
@@ -102,17 +116,28 @@ def query(results: Results, sql: str) -> pd.DataFrame:
         connection.close()
 
 
+def _with_settings(results: Results, name: str) -> pa.Table:
+    """Return a table; one of models that has no rows yet still has the columns of the plan's settings."""
+    rows = results.table(name)
+    if name == "models" and not len(rows):
+        rows = pa.unify_schemas([rows.schema, results.table("plan").schema]).empty_table()
+    return rows
+
+
 def _columns_hint(results: Results, message: str) -> str:
     if 'column "' not in message:
         return ""
     given = message.split('column "')[1].split('"')[0]
     names = {name for table in TABLES for name in results.table(table).column_names}
     hint = nearest(given, names)
-    return hint if "Did you mean" in hint else ""
+    return hint if "Did you mean" in hint and given not in names else ""
 
 
 def wide(results: Results) -> pa.Table:
     """Return models joined to one column per measure label, at the model's last epoch."""
     from flatmin.analysis.frames import wide as join
 
-    return pa.Table.from_pandas(join(results.models(), results.sharpness()), preserve_index=False)
+    models = results.models()
+    if models.empty:
+        return _with_settings(results, "models")
+    return pa.Table.from_pandas(join(models, results.sharpness()), preserve_index=False)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
 
 from flatmin.errors import RequestError, ResultsError
+from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import estimate
 from flatmin.orchestrator.inline import run_inline
@@ -114,22 +116,38 @@ def with_resources(run: RunOptions, own: Resources) -> RunOptions:
     )
 
 
-def measure_saved(results: str | Path, measures: Sequence[str], options: LaunchOptions, console: Console) -> Launched:
+def measure(
+    results: str | Path,
+    measures: Sequence[str],
+    options: LaunchOptions | None = None,
+    console: Console | None = None,
+) -> Launched:
     """Compute measures of the models that are there, from their saved weights; train nothing.
 
     Args:
         results: The results directory of a study.
-        measures: Canonical measure labels.
+        measures: Measures as a person writes them, `lpf` or `lpf(sigma=0.002)`.
         options: How to run it.
-        console: Where progress is shown.
+        console: Where progress is shown; the standard error when None.
 
     Raises:
-        RequestError: The directory cannot be used, or holds no trained model.
+        RequestError: A measure does not exist; the directory cannot be used, holds no trained model, or has lost
+            the weights of some.
         LeaseLost: Another driver took the directory over meanwhile.
     """
+    options, console = options or LaunchOptions(), console or Console(stderr=True)
+    labels = tuple(dict.fromkeys(parse_label(text).label for text in measures))
+    if not labels:
+        raise RequestError("name at least one measure")
     with _disk_errors(results):
         directory = Results.open(results)
         with Lease(directory, options.run.max_failures) as lease:
+            lost = lost_weights(directory)
+            if lost:
+                raise ResultsError(
+                    f"'{directory.weights_file(lost[0])}' cannot be read ({len(lost)} such files); "
+                    "launch the study again: it trains the models of these trials anew"
+                )
             heal(directory, console)
             rows = directory.table("models").to_pylist()
             if not rows:
@@ -140,7 +158,7 @@ def measure_saved(results: str | Path, measures: Sequence[str], options: LaunchO
                 trials.setdefault(row["trial_id"], []).append(Model(row["model_id"], settings))
             plan = Plan(
                 rows[0]["study"],
-                tuple(Trial(rows[0]["study"], tuple(models), tuple(measures)) for models in trials.values()),
+                tuple(Trial(rows[0]["study"], tuple(models), labels) for models in trials.values()),
             )
             return _carry_out(directory, plan, options, console, lease)
 
@@ -195,8 +213,8 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
 def heal(results: Results, console: Console) -> None:
     """Remove what cannot be read, so that it is made again, and what killed writers have left.
 
-    A trial whose `epochs` are lost is trained again; lost `sharpness` is measured from the weights. Only
-    the owner of the lease may do this: a running worker's half-written file looks like a dead one's.
+    A trial whose `epochs` or weights are lost is trained again; lost `sharpness` is measured from the weights.
+    Only the owner of the lease may do this: a running worker's half-written file looks like a dead one's.
     """
     results.clear_temporary()
     for table, file in results.unreadable():
@@ -204,6 +222,23 @@ def heal(results: Results, console: Console) -> None:
         results.remove(file)
         if table == "epochs":
             results.remove(results.table_file("models", file.stem))
+    for trial_id in lost_weights(results):
+        console.print(
+            f"[yellow]{results.weights_file(trial_id)} cannot be read; its models are trained again", highlight=False
+        )
+        results.remove(results.table_file("models", trial_id))
+
+
+def lost_weights(results: Results) -> list[str]:
+    """Return the committed trials whose weights are missing or damaged."""
+    lost = []
+    for trial_id in dict.fromkeys(results.table("models")["trial_id"].to_pylist()):
+        try:
+            with safe_open(results.weights_file(trial_id), framework="numpy"):
+                pass
+        except (OSError, SafetensorError):
+            lost.append(trial_id)
+    return lost
 
 
 def _run(results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from flatmin.orchestrator.study import Study
+from flatmin.orchestrator.study import Study, read_study
 from flatmin.settings import Argument
 from flatmin.trial import Model, Trial
 
@@ -56,6 +56,20 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
         for members in _even_parts(sorted(group, key=lambda model: model.model_id), largest)
     ]
     return Plan(study.name, tuple(trials))
+
+
+def plan(study: str, overrides: Sequence[str] = (), models_per_trial: int | Literal["auto"] | None = None) -> Plan:
+    """Read a study and partition it into stacks; train nothing.
+
+    Args:
+        study: A built-in study's name, or the path of a YAML file.
+        overrides: `setting=value` or `setting=value,value`.
+        models_per_trial: The largest stack; the study's own choice when None.
+
+    Raises:
+        RequestError: The study cannot be used.
+    """
+    return make_plan(read_study(study, overrides), models_per_trial)
 
 
 def program_key(model: Model, arguments: Mapping[str, Argument]) -> tuple[Any, ...]:

@@ -36,7 +36,6 @@ class Display:
         self.console, self.total, self.before, self.clock = console, total, done, clock
         self.ended: dict[str, int] = {}
         self.failed_attempts = 0
-        self.failed_models = 0
         self.started = self.logged = clock()
         self._bar = Progress(
             SpinnerColumn(),

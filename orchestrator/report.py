@@ -18,7 +18,10 @@ def write_report(results: str | Path, path: str | Path) -> Path:
         RequestError: The directory cannot be used, or holds no trained model.
     """
     opened = Results.open(results)
-    study = yaml.safe_load(opened.study_file.read_text()) if opened.study_file.exists() else {}
+    try:
+        study = yaml.safe_load(opened.study_file.read_text()) or {}
+    except (OSError, yaml.YAMLError):
+        study = {}  # the title and the source go missing, the numbers do not; the next launch writes it again
     counts = status(opened)
     return report(
         study=study,

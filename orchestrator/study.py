@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -102,6 +102,14 @@ def builtin_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def builtin_studies() -> list[dict[str, Any]]:
+    """Return name, number of models, source and purpose of every built-in study."""
+    return [
+        {"name": name, "models": len(study.models), "source": study.file.source, "about": study.file.about}
+        for name, study in ((name, read_study(name)) for name in builtin_names())
+    ]
+
+
 def find(name: str) -> tuple[Path, str]:
     """Return the path of a study and how messages name it.
 
@@ -129,6 +137,8 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
         StudyError: All that is wrong with it, a line each.
         RequestError: There is no such study.
     """
+    if isinstance(overrides, str):
+        raise RequestError(f"overrides: {overrides!r} should be a list: [{overrides!r}]")
     path, source = find(name)
     document = load(path, source)
     problems: list[str] = []
@@ -203,7 +213,7 @@ def _override(file: StudyFile, overrides: Sequence[str], where: _Where, problems
             continue
         try:
             values = [yaml.safe_load(part) for part in split_list(value)]
-            if not values:
+            if not values and name != "measures":
                 raise ValueError("an axis needs at least one value")
             file = StudyFile.model_validate(_changed(file.model_dump(), name, values))
             where.overridden.add(name)
@@ -215,9 +225,12 @@ def _override(file: StudyFile, overrides: Sequence[str], where: _Where, problems
 
 def _changed(study: dict[str, Any], name: str, values: list[Any]) -> dict[str, Any]:
     """Return a study in which one setting has these values in every grid."""
+    if name == "measures":
+        study[name] = [value for value in values if value != "none"]
+        return study
     one = values[0] if len(values) == 1 else values
-    if name in {"seeds", "measures"}:
-        study[name] = values if name == "measures" else one
+    if name == "seeds":
+        study[name] = one
         return study
     for grid in (study, *study["cases"]):
         grid["settings"].pop(name, None)
@@ -278,7 +291,9 @@ def _grids(file: StudyFile) -> Iterator[_Grid]:
 
 def _expand(file: StudyFile, where: _Where, problems: list[str]) -> _Expansion:
     expansion = _Expansion()
-    for grid in _grids(file):
+    grids = list(_grids(file))
+    everywhere = _known(grids)
+    for grid in grids:
         both = sorted(set(grid.settings) & set(grid.axes))
         problems.extend(f"{where(grid.places[name])}: is both a setting and an axis" for name in both)
         before = len(problems)
@@ -287,13 +302,15 @@ def _expand(file: StudyFile, where: _Where, problems: list[str]) -> _Expansion:
             for key, arguments in _programs(grid, where, problems).items()
         }
         complete = len(problems) == before
-        known = set(NAMES).union(*(checker.arguments for checker in checkers.values()))
+        own = set(NAMES).union(*(checker.arguments for checker in checkers.values()))
         for name in (*grid.settings, *grid.axes):
+            # What stands above all cases, or on the command line, may concern some of them alone.
+            known = own if grid.places[name][0] == "cases" else everywhere
             hint = nearest(name, known)
             if name not in known and (complete or "Did you mean" in hint):
                 problems.append(f"{where(grid.places[name])}: no plug-in of this study takes it.{hint}")
         for point in grid.points():
-            checker = checkers.get(tuple(point[name] for name in NAMES if name in point))
+            checker = checkers.get(tuple(str(point[name]) for name in NAMES if name in point))
             settings = checker.resolve(point) if checker else None
             if checker and settings:
                 identity = model_id(settings, checker.arguments)
@@ -302,7 +319,17 @@ def _expand(file: StudyFile, where: _Where, problems: list[str]) -> _Expansion:
     return expansion
 
 
-def _programs(grid: _Grid, where: _Where, problems: list[str]) -> dict[tuple[Any, ...], dict[str, Argument]]:
+def _known(grids: Sequence[_Grid]) -> set[str]:
+    """Return every setting that some program of some grid takes; names that do not exist count for nothing."""
+    known = set(NAMES)
+    for grid in grids:
+        known.update(*_programs(grid, lambda place: "", []).values())
+    return known
+
+
+def _programs(
+    grid: _Grid, where: Callable[[Sequence[str | int]], str], problems: list[str]
+) -> dict[tuple[Any, ...], dict[str, Argument]]:
     """Return the arguments of every combination of plug-ins that the grid names.
 
     A name that does not exist is reported, and the rest of its combination is still checked.
@@ -316,10 +343,13 @@ def _programs(grid: _Grid, where: _Where, problems: list[str]) -> dict[tuple[Any
             continue
         for value in values:
             try:
-                plugins.program_arguments({name: str(value)})
+                if not isinstance(value, str):
+                    raise RequestError(f"should be one name; a list of them is an axis: axes: {{{name}: [...]}}")
+                plugins.program_arguments({name: value})
                 valid.add((name, value))
             except RequestError as error:
                 problems.append(f"{where(grid.places[name])}: {value!r}: {error}")
+        values = [value for value in values if isinstance(value, str)]
         choices.append([(name, value) for value in values])
     return {
         tuple(value for _, value in choice): plugins.program_arguments(
@@ -366,8 +396,3 @@ class _Checker:
                 self.seen[key] = REQUIRED
                 self.problems.append(f"{self.where(self.grid.places[name])}: {value!r}: {error} ({argument.type_name})")
         return self.seen[key]
-
-
-def with_measures(study: Study, measures: Sequence[str]) -> Study:
-    """Return the study with other measure labels."""
-    return replace(study, measures=tuple(measures))

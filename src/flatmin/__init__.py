@@ -3,7 +3,7 @@
     import flatmin
 
     flatmin.launch("digits-double-descent", "results/dd")
-    flatmin.Results.open("results/dd").models()        # a pandas data frame
+    flatmin.Results("results/dd").models()        # a pandas data frame
     flatmin.report("results/dd", "report.html")
 
 The verbs of the command line are loaded when they are used: `import flatmin` loads neither torch nor ray.
@@ -18,36 +18,41 @@ if TYPE_CHECKING:
     from flatmin.orchestrator.correlate import correlate_table as correlate
     from flatmin.orchestrator.doctor import doctor
     from flatmin.orchestrator.inspect import query, status
-    from flatmin.orchestrator.launch import LaunchOptions, launch
-    from flatmin.orchestrator.plan import make_plan
+    from flatmin.orchestrator.launch import LaunchOptions, launch, measure
+    from flatmin.orchestrator.plan import plan
     from flatmin.orchestrator.report import write_report as report
-    from flatmin.orchestrator.study import read_study
+    from flatmin.orchestrator.runner import RunOptions
+    from flatmin.orchestrator.study import builtin_studies as studies
     from flatmin.results import Results
 
 __all__ = [
     "LaunchOptions",
     "Results",
+    "RunOptions",
     "correlate",
     "doctor",
     "launch",
-    "make_plan",
+    "measure",
+    "plan",
     "query",
-    "read_study",
     "report",
     "status",
+    "studies",
 ]
 
 _PLACES = {
     "LaunchOptions": ("flatmin.orchestrator.launch", "LaunchOptions"),
     "Results": ("flatmin.results", "Results"),
+    "RunOptions": ("flatmin.orchestrator.runner", "RunOptions"),
     "correlate": ("flatmin.orchestrator.correlate", "correlate_table"),
     "doctor": ("flatmin.orchestrator.doctor", "doctor"),
     "launch": ("flatmin.orchestrator.launch", "launch"),
-    "make_plan": ("flatmin.orchestrator.plan", "make_plan"),
+    "measure": ("flatmin.orchestrator.launch", "measure"),
+    "plan": ("flatmin.orchestrator.plan", "plan"),
     "query": ("flatmin.orchestrator.inspect", "query"),
-    "read_study": ("flatmin.orchestrator.study", "read_study"),
     "report": ("flatmin.orchestrator.report", "write_report"),
     "status": ("flatmin.orchestrator.inspect", "status"),
+    "studies": ("flatmin.orchestrator.study", "builtin_studies"),
 }
 
 

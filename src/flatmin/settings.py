@@ -100,6 +100,9 @@ class Argument:
             result = self._adapter.validate_python(value)
         except ValidationError as error:
             raise ValueError(_clause(error)) from None
+        numbers = result if isinstance(result, tuple) else (result,)
+        if any(isinstance(number, int) and abs(number) >= 2**63 for number in numbers):
+            raise ValueError("should fit in 64 bits")
         return result + 0.0 if isinstance(result, float) else result
 
     @property

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from flatmin.errors import RequestError, ResultsError
 from flatmin.orchestrator.inspect import query, status
-from flatmin.orchestrator.launch import Launched, LaunchOptions, launch, measure_saved
+from flatmin.orchestrator.launch import Launched, LaunchOptions, launch, measure
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.results import Results
 
@@ -94,11 +94,11 @@ def test_new_measures_are_computed_from_saved_weights(study: Path, tmp_path: Pat
 def test_measure_adds_to_trained_models(study: Path, tmp_path: Path) -> None:
     go(study, tmp_path / "r", "measures=lambda_max")
     console = Console(file=StringIO())
-    done = measure_saved(tmp_path / "r", ["lpf(max_samples=16)"], LaunchOptions(inline=True), console)
+    done = measure(tmp_path / "r", ["lpf(max_samples=16)"], LaunchOptions(inline=True), console)
     assert (done.measured, done.remaining) == (4, 0)
     go(study, tmp_path / "at once")
     assert equal(snapshot(tmp_path / "r"), snapshot(tmp_path / "at once"))
-    again = measure_saved(tmp_path / "r", ["lambda_max"], LaunchOptions(inline=True), console)
+    again = measure(tmp_path / "r", ["lambda_max"], LaunchOptions(inline=True), console)
     assert (again.measured, again.remaining) == (0, 0)
 
 
@@ -263,3 +263,60 @@ def test_a_convolutional_network_with_batch_norm_trains_and_is_measured(write_st
     results = Results.open(tmp_path / "r")
     assert results.models()["train_acc"].min() > 0.3
     assert len(results.sharpness()) == 2
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_lost_weights_are_trained_again_by_launch_and_refused_by_measure(
+    study: Path, tmp_path: Path, damage: str
+) -> None:
+    go(study, tmp_path / "r")
+    before = snapshot(tmp_path / "r")
+    file = next((tmp_path / "r" / "checkpoints").glob("*.safetensors"))
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ResultsError, match="launch the study again"):
+        measure(tmp_path / "r", ["hessian_trace"], LaunchOptions(inline=True))
+    done, said = go(study, tmp_path / "r")
+    assert f"{file} cannot be read; its models are trained again" in said
+    assert done.trained == 2
+    assert equal(snapshot(tmp_path / "r"), before)
+
+
+def test_a_file_of_another_table_is_not_taken_for_a_commit(study: Path, tmp_path: Path) -> None:
+    go(study, tmp_path / "r")
+    before = snapshot(tmp_path / "r")
+    wrong = next((tmp_path / "r" / "epochs").glob("*.parquet"))
+    shutil.copy(wrong, tmp_path / "r" / "models" / wrong.name)
+    assert Results(tmp_path / "r").unreadable() == [("models", tmp_path / "r" / "models" / wrong.name)]
+    assert go(study, tmp_path / "r")[0].trained == 2
+    assert equal(snapshot(tmp_path / "r"), before)
+
+
+def test_too_much_validation_is_a_wrong_request(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="val_size = 1000 leaves nothing of 1000 training examples"):
+        go(study, tmp_path / "r", "val_size=1000")
+    assert Results(tmp_path / "r").failures().empty
+
+
+def test_tables_have_their_columns_before_the_first_model_ends(study: Path, tmp_path: Path) -> None:
+    go(study, tmp_path / "r", time_budget=0.0)
+    assert query(tmp_path / "r", "SELECT width, lr FROM models").empty
+    assert query(tmp_path / "r", "SELECT width FROM wide").empty
+    with pytest.raises(RequestError, match="the query is empty"):
+        query(tmp_path / "r", " ; ")
+
+
+def test_the_verbs_are_there_from_python(study: Path, tmp_path: Path) -> None:
+    import flatmin
+
+    for name in flatmin.__all__:
+        assert getattr(flatmin, name) is not None
+    with pytest.raises(AttributeError, match="lunch"):
+        flatmin.lunch  # noqa: B018
+    assert len(flatmin.plan(str(study)).models) == 4
+    flatmin.launch(str(study), tmp_path / "r", options=flatmin.LaunchOptions(inline=True))
+    assert len(flatmin.Results(tmp_path / "r").models()) == flatmin.status(tmp_path / "r").finished == 4
+    with pytest.raises(RequestError, match="should be a list"):
+        flatmin.launch(str(study), tmp_path / "r", "width=4")

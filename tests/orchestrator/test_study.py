@@ -77,6 +77,37 @@ def test_cases_are_grids_of_their_own(write_study: Write) -> None:
     assert found == [("sgd", 2, 0.1), ("sgd", 4, 0.1), ("adam", 8, 0.01), ("adam", 8, 0.001)]
 
 
+def test_a_setting_of_some_cases_may_be_overridden(write_study: Write) -> None:
+    file = write_study(
+        "study: cases\nsettings: {dataset: digits, network: mlp}\n"
+        "cases:\n  - settings: {optimizer: sgd}\n  - settings: {optimizer: adam}\n"
+    )
+    models = read_study(str(file), ["momentum=0.5"]).models
+    assert [(m.settings["optimizer"], m.settings.get("momentum")) for m in models] == [("sgd", 0.5), ("adam", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "settings: {dataset: [digits], network: mlp, optimizer: sgd}",
+            "should be one name; a list of them is an axis",
+        ),
+        ("settings: {dataset: digits, optimizer: sgd}\naxes: {network: [[mlp], mlp]}", "should be one name"),
+        ("settings: &x {dataset: digits, width: *x}", "nested too deeply"),
+        ("settings: {dataset: digits, network: mlp, optimizer: sgd, batch_size: 100000000000000000000000}", "64 bits"),
+    ],
+)
+def test_slips_that_yaml_allows(write_study: Write, text: str, message: str) -> None:
+    assert any(message in line for line in problems(write_study(f"study: x\n{text}\n")))
+
+
+def test_a_study_may_be_launched_without_measures(write_study: Write) -> None:
+    text = write_study().read_text() + "measures: [lpf]\n"
+    for override in ("measures=none", "measures="):
+        assert read_study(str(write_study(text)), [override]).measures == ()
+
+
 def test_a_setting_only_some_plugins_take_makes_no_double(write_study: Write) -> None:
     """`momentum` means nothing to adam, so adam's models do not multiply with it."""
     models = read_study(str(write_study()), ["optimizer=sgd,adam", "momentum=0,0.9", "width=2", "seeds=1"]).models
