@@ -62,7 +62,8 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
             budget = None if deadline is None else deadline - time.monotonic()
             if budget is not None and budget <= 0:
                 return True
-            _fit(left, resources, budget, options, _Watch(results, left, options, monitor, failures, lease))
+            _fit(left, resources, budget, options, _Watch(results, left, monitor, failures, lease))
+            lease.raise_if_lost()
             before = len(left)
             left = [job for job in uncommitted(results, left) if failures[job.trial.trial_id] <= options.max_failures]
             stalled = 0 if len(left) < before else stalled + 1
@@ -112,7 +113,6 @@ def _fit(
         watch.ended_early(error)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
-    watch.raise_if_lost()
 
 
 class _Watch(tune.Callback):  # type: ignore[misc]
@@ -122,12 +122,11 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self,
         results: Results,
         jobs: Sequence[Job],
-        options: RunOptions,
         monitor: Monitor,
         failures: Counter[str],
         lease: Lease,
     ) -> None:
-        self._results, self._jobs, self._options = results, jobs, options
+        self._results, self._jobs = results, jobs
         self._monitor, self._failures, self._lease = monitor, failures, lease
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,9 +147,6 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._failed(trial, final=True)
 
     def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        self.raise_if_lost()
-
-    def raise_if_lost(self) -> None:
         self._lease.raise_if_lost()
 
     def ended_early(self, error: BaseException) -> None:

@@ -99,12 +99,6 @@ class Streams:
     def __init__(self, keys: Tensor, step: int = 0) -> None:
         self.keys = _mix(keys + _wrapped((step + 1) * _MIX1))
 
-    def select(self, index: Tensor) -> Streams:
-        """Return the streams of some of the models."""
-        chosen = object.__new__(Streams)
-        chosen.keys = self.keys[index]
-        return chosen
-
 
 class _Dropout(TorchFunctionMode):
     """Gives every dropout of a forward pass a mask from the model's own stream."""
@@ -145,7 +139,7 @@ def dropout_mask(key: Tensor, call: int, shape: Sequence[int], p: float) -> Tens
 
     Args:
         key: The model's key for this step (an entry of `Streams.keys`).
-        call: The how-manieth dropout of the pass it is.
+        call: Which dropout of the pass it is, counted from 1.
         shape: The mask's shape.
         p: The probability of dropping an element.
     """
