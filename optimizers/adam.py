@@ -13,19 +13,18 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flatmin.optimizers.interface import Base, State
+from flatmin.optimizers.arguments import Beta1, Beta2, LearningRate, WeightDecay
+from flatmin.optimizers.interface import Base, Evaluation, State, Step
 from flatmin.settings import Setting
 
 
 def adam(
     *,
-    lr: Annotated[float, Setting(about="Learning rate.", gt=0, per_model=True)] = 1e-3,
-    beta1: Annotated[float, Setting(about="Decay of the mean of gradients.", ge=0, lt=1, per_model=True)] = 0.9,
-    beta2: Annotated[
-        float, Setting(about="Decay of the mean of squared gradients.", ge=0, lt=1, per_model=True)
-    ] = 0.999,
+    lr: LearningRate = 1e-3,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.999,
     adam_eps: Annotated[float, Setting(about="Added to Adam's denominator.", gt=0, per_model=True)] = 1e-8,
-    weight_decay: Annotated[float, Setting(about="Weight decay coefficient.", ge=0, per_model=True)] = 0.0,
+    weight_decay: WeightDecay = 0.0,
 ) -> Base:
     """Adam with L2 weight decay."""
     return Adam(lr, beta1, beta2, adam_eps, weight_decay)
@@ -44,20 +43,25 @@ class Adam:
 
     def init(self, params: Tensor) -> State:
         """Return zero moments and no steps done."""
-        steps = torch.zeros(len(params), 1, dtype=torch.float64, device=params.device)
-        return {"mean": torch.zeros_like(params), "square": torch.zeros_like(params), "steps": steps}
+        return {"mean": torch.zeros_like(params), "square": torch.zeros_like(params), "steps": no_steps(params)}
 
-    def update(self, params: Tensor, grad: Tensor, state: State, lr_factor: Tensor) -> tuple[Tensor, State]:
+    def update(self, params: Tensor, found: Evaluation, state: State, step: Step) -> tuple[Tensor, State]:
         """Return the weights and moments after one step."""
-        lr = self.lr * lr_factor
+        lr = self.lr * step.lr_factor
         if self.decoupled:
             params = params - lr * self.weight_decay * params
-            g = grad
+            g = found.grad
         else:
-            g = grad + self.weight_decay * params
+            g = (self.weight_decay * params).add_(found.grad)
         t = state["steps"] + 1
-        m = self.beta1 * state["mean"] + (1 - self.beta1) * g
-        s = self.beta2 * state["square"] + (1 - self.beta2) * g * g
+        m = (self.beta1 * state["mean"]).add_((1 - self.beta1) * g)
+        s = (self.beta2 * state["square"]).add_(((1 - self.beta2) * g).mul_(g))
         m_hat = m / (1 - self.beta1**t).to(g.dtype)
-        root = (s / (1 - self.beta2**t).to(g.dtype)).sqrt()
-        return params - lr * m_hat / (root + self.adam_eps), {"mean": m, "square": s, "steps": t}
+        root = (s / (1 - self.beta2**t).to(g.dtype)).sqrt_()
+        change = m_hat.mul_(lr).div_(root.add_(self.adam_eps))
+        return torch.sub(params, change, out=change), {"mean": m, "square": s, "steps": t}
+
+
+def no_steps(params: Tensor) -> Tensor:
+    """Return a count of steps for bias corrections, float64 `[K, 1]`: a parameter without a gradient takes none."""
+    return torch.zeros(len(params), 1, dtype=torch.float64, device=params.device)

@@ -6,31 +6,30 @@ so that momentum and weight decay of the base act at w. Source: Foret et al. 202
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from flatmin.optimizers.interface import LossAndGrad, Rule
-from flatmin.settings import Setting
+from flatmin.optimizers.arguments import Rho
+from flatmin.optimizers.interface import Evaluation, Gradient, Rule, State, Step, at
 
 
-def sam(
-    *,
-    rho: Annotated[
-        float,
-        Setting(
-            about="Radius of the SAM family's neighbourhood.",
-            unit="L2 norm of the weights",
-            ge=0,
-            per_model=True,
-        ),
-    ] = 0.05,
-) -> Rule:
+def sam(*, rho: Rho = 0.05) -> Rule:
     """Sharpness-aware minimisation."""
+    return _SAM(rho)
 
-    def rule(params: Tensor, loss_and_grad: LossAndGrad) -> tuple[Tensor, Tensor]:
-        losses, g = loss_and_grad(params)
-        e = rho * g / (g.norm(dim=1, keepdim=True) + 1e-12)
-        return losses, loss_and_grad(params + e)[1]
 
-    return rule
+@dataclass(frozen=True)
+class _SAM(Rule):
+    rho: float
+
+    def gradient(self, params: Tensor, state: State, step: Step) -> Gradient:
+        here = yield at(params)
+        there = yield at(ascent(here.grad, self.rho).add_(params), hessian=step.hessian)
+        return Evaluation(here.losses, there.grad, there.hvp), state
+
+
+def ascent(direction: Tensor, rho: Tensor | float) -> Tensor:
+    """Return displacements `[K, d]` of length rho along directions `[K, d]`; none along a direction of zero."""
+    length: Tensor = direction.norm(dim=1, keepdim=True)
+    return direction * (rho / (length + 1e-12))

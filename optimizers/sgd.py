@@ -12,15 +12,16 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flatmin.optimizers.interface import Base, State
+from flatmin.optimizers.arguments import LearningRate, WeightDecay
+from flatmin.optimizers.interface import Base, Evaluation, State, Step
 from flatmin.settings import Setting
 
 
 def sgd(
     *,
-    lr: Annotated[float, Setting(about="Learning rate.", gt=0, per_model=True)] = 0.1,
+    lr: LearningRate = 0.1,
     momentum: Annotated[float, Setting(about="Momentum.", ge=0, lt=1, per_model=True)] = 0.9,
-    weight_decay: Annotated[float, Setting(about="Weight decay coefficient.", ge=0, per_model=True)] = 0.0,
+    weight_decay: WeightDecay = 0.0,
     nesterov: Annotated[bool, Setting(about="Whether momentum looks ahead (Nesterov).")] = False,
 ) -> Base:
     """Stochastic gradient descent with momentum and L2 weight decay."""
@@ -37,8 +38,9 @@ class _SGD:
     def init(self, params: Tensor) -> State:
         return {"velocity": torch.zeros_like(params)}
 
-    def update(self, params: Tensor, grad: Tensor, state: State, lr_factor: Tensor) -> tuple[Tensor, State]:
-        g = grad + self.weight_decay * params
-        v = self.momentum * state["velocity"] + g
-        direction = g + self.momentum * v if self.nesterov else v
-        return params - self.lr * lr_factor * direction, {"velocity": v}
+    def update(self, params: Tensor, found: Evaluation, state: State, step: Step) -> tuple[Tensor, State]:
+        g = (self.weight_decay * params).add_(found.grad)
+        v = (self.momentum * state["velocity"]).add_(g)
+        direction = g.add_(self.momentum * v) if self.nesterov else v
+        change = torch.mul(direction, self.lr * step.lr_factor, out=g)
+        return torch.sub(params, change, out=change), {"velocity": v}

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _FEWEST = 16
 _ROUND = 8
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a curve or a surface of K models, for the table `spectra/`.
+
+    Attributes:
+        kind: `hessian_density`, `surface`, `fourier`, ...
+        x: Where the points are, float64 `[K, P]`.
+        value: What is there, `[K, P]`.
+        y: Where they are along a surface's second axis, `[K, P]`.
+        settings: What tells the curve from others of its kind, beside the measure's label and arguments.
+    """
+
+    kind: str
+    x: Tensor
+    value: Tensor
+    y: Tensor | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -22,10 +42,11 @@ class Estimate:
         stderr: Its uncertainty in the same unit, float64 `[K]`: a standard error where the value is a mean of
             random draws, an error bound where it comes from an iteration, 0 where it is exact.
         samples: Draws, steps or evaluations that the value rests on, int64 `[K]`.
-        passes: Passes over the training set that the value rests on, float64 `[K]`, in the units of
+        passes: Passes over the set of examples that the value rests on, float64 `[K]`, in the units of
             `flatmin.sharpness.engine`. Work shared with another measure counts in full for both, so
             that a value's cost does not depend on what else was measured.
         converged: Whether the tolerance was met, bool `[K]`; never where the value is undefined.
+        curves: What the measure found beside its value.
     """
 
     value: Tensor
@@ -33,6 +54,25 @@ class Estimate:
     samples: Tensor
     passes: Tensor
     converged: Tensor
+    curves: Sequence[Curve] = ()
+
+
+def exact(value: Tensor, *, passes: float, samples: int = 1) -> Estimate:
+    """Return an estimate without an error, converged where it is finite.
+
+    Args:
+        value: `[K]`; what is not finite counts as undefined.
+        passes: What it cost.
+        samples: The evaluations that it rests on.
+    """
+    value = torch.where(value.isfinite(), value.double(), torch.nan)
+    return Estimate(
+        value,
+        0.0 * value,
+        torch.full(value.shape, samples, dtype=torch.int64),
+        torch.full(value.shape, passes, dtype=torch.float64),
+        value.isfinite(),
+    )
 
 
 Draw = Callable[[int, int, Tensor], Tensor]

@@ -13,12 +13,10 @@ eigenvalues with half the products, and `lambda_max` has often paid for them alr
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 import torch
 from torch import Tensor
 
-from flatmin.settings import Setting
+from flatmin.sharpness.arguments import MaxSamples, MetricChoice, Tolerance
 from flatmin.sharpness.engine import PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate, sample_mean
 from flatmin.sharpness.lanczos import krylov
@@ -33,14 +31,9 @@ the price."""
 def hessian_trace(
     engine: Engine,
     *,
-    metric: Annotated[
-        Literal["identity", "filter", "element"], Setting(about="In which units weights are displaced.")
-    ] = "filter",
-    tolerance: Annotated[
-        float,
-        Setting(about="Standard error or error bound at which to stop.", unit="fraction of the value", gt=0),
-    ] = 0.02,
-    max_samples: Annotated[int, Setting(about="Most losses or Hessian-vector products of a model.", ge=2)] = 128,
+    metric: MetricChoice = "filter",
+    tolerance: Tolerance = 0.02,
+    max_samples: MaxSamples = 128,
 ) -> Estimate:
     """Trace of the Hessian of the training loss.
 

@@ -7,11 +7,12 @@ until its residual bound is a small part of it. Published by Bisla et al. 2022 (
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
 from flatmin.settings import Setting
+from flatmin.sharpness.arguments import MetricChoice, Tolerance
 from flatmin.sharpness.engine import PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate
 from flatmin.sharpness.lanczos import krylov
@@ -24,13 +25,8 @@ second one for a while, with a small residual. The trace deflates with as many v
 def lambda_max(
     engine: Engine,
     *,
-    metric: Annotated[
-        Literal["identity", "filter", "element"], Setting(about="In which units weights are displaced.")
-    ] = "filter",
-    tolerance: Annotated[
-        float,
-        Setting(about="Standard error or error bound at which to stop.", unit="fraction of the value", gt=0),
-    ] = 0.005,
+    metric: MetricChoice = "filter",
+    tolerance: Tolerance = 0.005,
     max_steps: Annotated[int, Setting(about="Most Lanczos steps of a model.", unit="steps", ge=1)] = 100,
 ) -> Estimate:
     """Largest eigenvalue of the Hessian of the training loss.

@@ -11,12 +11,13 @@ variate, which at sigma = 0.01 on networks trained to fit noisy labels saves fou
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from flatmin.settings import Setting
+from flatmin.sharpness.arguments import MaxSamples, MetricChoice, Tolerance
 from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Control, Draw, Estimate, sample_mean
 from flatmin.sharpness.lanczos import krylov
@@ -34,14 +35,9 @@ def lpf(
     sigma: Annotated[
         float, Setting(about="Standard deviation of the weight noise.", unit="units of the metric", gt=0)
     ] = 0.01,
-    metric: Annotated[
-        Literal["identity", "filter", "element"], Setting(about="In which units weights are displaced.")
-    ] = "filter",
-    tolerance: Annotated[
-        float,
-        Setting(about="Standard error or error bound at which to stop.", unit="fraction of the value", gt=0),
-    ] = 0.02,
-    max_samples: Annotated[int, Setting(about="Most losses or Hessian-vector products of a model.", ge=2)] = 256,
+    metric: MetricChoice = "filter",
+    tolerance: Tolerance = 0.02,
+    max_samples: MaxSamples = 256,
 ) -> Estimate:
     """Mean training loss under Gaussian noise in the weights (low-pass filter), in nats.
 

@@ -12,7 +12,7 @@ from flatmin.settings import Argument, Setting
 from flatmin.tables import TABLES, fixed_columns
 
 OF_MODELS = ("network", "dataset", "optimizer", "training")
-KINDS = (*OF_MODELS, "measure")
+KINDS = (*OF_MODELS, "measure", "subject")
 NAMING_A_PLUGIN = {"network", "dataset", "optimizer"}
 SETTING_AND_COLUMN = {"lr"}
 """`epochs.lr` is the rate that `lr` and the schedule give in that epoch: the same thing, in the same unit."""

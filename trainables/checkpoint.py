@@ -42,12 +42,11 @@ def restore_state(results: Results, trainer: StackTrainer) -> bool:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if state["model_ids"] != [model.model_id for model in trainer.trial.models]:
             raise ValueError("other models, or in another order")
-        progress = Progress(**state["progress"])
         outcomes = [Outcome(**outcome) for outcome in state["outcomes"]]
+        trainer.restore(Progress(**state["progress"]), outcomes)
     except Exception:  # torch.load raises whatever the damaged bytes lead it to
         results.remove(file)
         return False
-    trainer.restore(progress, outcomes)
     return True
 
 

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from importlib import metadata
@@ -19,14 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmin.errors import RequestError
+from flatmin.labels import parse_label
 from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
 from flatmin.settings import Argument, digest
-from flatmin.sharpness import Engine, measure_stack
+from flatmin.sharpness import Engine, measure_all
 from flatmin.stack import stream_key
 from flatmin.stack.network import Buffers
-from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights
+from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights, weights_hash
+from flatmin.trainables.data import Split
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.trainer import StackTrainer, buffers_of, network_builder
 from flatmin.trial import Job, Model, Trial
@@ -45,6 +49,7 @@ def run(job: Job) -> Generator[int]:
     torch.backends.cudnn.allow_tf32 = tf32  # convolutions would use it by default
     results = Results(Path(job.results))
     trainer = _trainer(job)
+    _check_measures(job.trial, trainer)
     if job.trial.committed_as:
         yield from _measure_saved(job, results, trainer)
     else:
@@ -98,8 +103,8 @@ def _train(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
     for row, outcome in zip(rows, trainer.outcomes, strict=True):
         assert outcome.row is not None
         row.update(outcome.row)
-    sharpness = _measure(job.trial, trainer, rows)
-    _commit(job, results, trainer, initial, rows, sharpness)
+    measured = _measure(job.trial, trainer, rows, initial)
+    _commit(job, results, trainer, initial, rows, measured)
     yield len(rows)
 
 
@@ -109,7 +114,7 @@ def _commit(
     trainer: StackTrainer,
     initial: Tensor,
     rows: Sequence[dict[str, Any]],
-    sharpness: Sequence[dict[str, Any]],
+    measured: _Measured,
 ) -> None:
     trial_id = job.trial.trial_id
     check(results, job.token)
@@ -120,7 +125,7 @@ def _commit(
         for epoch in outcome.epochs
     ]
     results.write("epochs", trial_id, epochs)
-    results.write("sharpness", trial_id, sharpness)
+    _write_measured(results, trial_id, measured)
     check(results, job.token)
     results.write("models", trial_id, rows, _arguments(job.trial))
     results.remove(results.state_file(trial_id))
@@ -130,47 +135,114 @@ def _measure_saved(job: Job, results: Results, trainer: StackTrainer) -> Generat
     committed = results.table("models").to_pylist()
     by_id = {row["model_id"]: row for row in committed}
     rows = [by_id[model.model_id] for model in job.trial.models]
-    params, buffers, _ = load_weights(
+    params, buffers, hashes = load_weights(
         results, job.trial, trainer.network, list(trainer.progress.buffers), trainer.device
     )
     yield 0
-    measured = _measure_weights(job.trial, trainer, rows, params, buffers)
+    initial = _Initial(trainer.progress.params, _differing(job.trial, trainer.progress.params, hashes))
+    measured = _measure_weights(job.trial, trainer, rows, params, buffers, initial)
     check(results, job.token)
-    results.write("sharpness", f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", measured)
+    _write_measured(results, f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", measured)
     yield len(rows)
 
 
-def _measure(trial: Trial, trainer: StackTrainer, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Measured:
+    """Rows of the tables `sharpness` and `spectra`."""
+
+    sharpness: Sequence[dict[str, Any]] = ()
+    spectra: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class _Initial:
+    """The initial weights `[K, d]`, and by position those models whose are not what they were: why."""
+
+    params: Tensor
+    wrong: Mapping[int, str]
+
+
+def _differing(trial: Trial, params: Tensor, hashes: Sequence[str]) -> dict[int, str]:
+    """Return the models whose initial weights, made again from the seed, are not those of the hash."""
+    return {
+        k: f"and those of {model.model_id}, made again from its seed, are not those it was trained from (their hash "
+        "differs: another version of torch or of the network); train it again to measure it"
+        for k, (model, saved) in enumerate(zip(trial.models, hashes, strict=True))
+        if weights_hash(params[k]) != saved
+    }
+
+
+def _write_measured(results: Results, name: str, measured: _Measured) -> None:
+    """Write curves first: the rows of `sharpness` say that a measure is done."""
+    if measured.spectra:
+        results.write("spectra", name, measured.spectra)
+    results.write("sharpness", name, measured.sharpness)
+
+
+def _measure(trial: Trial, trainer: StackTrainer, rows: Sequence[Mapping[str, Any]], initial: Tensor) -> _Measured:
     params = torch.stack([outcome.params for outcome in trainer.outcomes if outcome.params is not None])
     buffers = buffers_of(trainer.outcomes, trainer.device)
-    return _measure_weights(trial, trainer, rows, params.to(trainer.device), buffers)
+    return _measure_weights(trial, trainer, rows, params.to(trainer.device), buffers, _Initial(initial, {}))
 
 
 def _measure_weights(
-    trial: Trial, trainer: StackTrainer, rows: Sequence[Mapping[str, Any]], params: Tensor, buffers: Buffers
-) -> list[dict[str, Any]]:
+    trial: Trial,
+    trainer: StackTrainer,
+    rows: Sequence[Mapping[str, Any]],
+    params: Tensor,
+    buffers: Buffers,
+    initial: _Initial,
+) -> _Measured:
     """Measure every model that has not diverged; where a model diverged there is no minimum to measure."""
     kept = [k for k, row in enumerate(rows) if row["status"] != "diverged"]
     if not kept or not trial.measures:
-        return []
+        return _Measured()
     index = torch.tensor(kept, device=trainer.device)
+    wrong = [reason for k, reason in initial.wrong.items() if k in kept]
     engine = Engine(
         trainer.network,
         params[index],
         {name: buffer[index] for name, buffer in buffers.items()},
         trainer.data.train.select(index).chunks(),
         torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
+        initial=None if wrong else initial.params[index],
+        no_initial=wrong[0] if wrong else "",
+        sets={name: split.select(index).chunks() for name, split in _other_sets(trainer).items()},
     )
-    return [
-        {
-            "model_id": trial.models[k].model_id,
-            "trial_id": trial.trial_id,
-            "epoch": rows[k]["epochs_run"],
-            **row,
-        }
-        for of_label in measure_stack(engine, trial.measures)
-        for k, row in zip(kept, of_label, strict=True)
+    measured = measure_all(engine, trial.measures)
+    keys = [
+        {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"]} for k in kept
     ]
+    return _Measured(
+        [{**key, **row} for of_label in measured.rows for key, row in zip(keys, of_label, strict=True)],
+        [
+            {**key, **point}
+            for of_label in measured.points
+            for key, points in zip(keys, of_label, strict=True)
+            for point in points
+        ],
+    )
+
+
+def _other_sets(trainer: StackTrainer) -> dict[str, Split]:
+    """Return the sets beside the training set that a measure can be asked of."""
+    sets = {"val": trainer.data.val, "test": trainer.data.test}
+    return {name: split for name, split in sets.items() if split is not None}
+
+
+def _check_measures(trial: Trial, trainer: StackTrainer) -> None:
+    """Refuse what could not be measured, before hours of training.
+
+    Raises:
+        RequestError: A measure is asked of a set that there is not.
+    """
+    there = ["train", *_other_sets(trainer)]
+    for text in trial.measures:
+        data = parse_label(text).common["data"]
+        if data not in there:
+            raise RequestError(
+                f"'{text}': there is no '{data}' set; there are: {', '.join(there)}. Give `val_size` to hold one out"
+            )
 
 
 def _models_row(trial: Trial, model: Model, started_at: datetime, execution: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.optimizers.compose import Optimizer
+from flatmin.errors import FlatminError
+from flatmin.optimizers.compose import StackOptimizer
+from flatmin.optimizers.interface import Step, answered
 from flatmin.plugins import get
 from flatmin.stack import StackedNetwork, Streams, permutation, stream_key
 from flatmin.stack.network import Buffers
 from flatmin.trainables.data import Split, StackData, stack_data
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.evaluation import Scores, evaluate
+from flatmin.trainables.passes import Passes
 from flatmin.trainables.training import Recipe
 from flatmin.trial import Execution, Trial
 
@@ -114,21 +118,40 @@ class StackTrainer:
         dtype = DTYPES.get(self.precision, torch.float32)
         self.network, params, buffers = initial_stack(build, self.recipes, dtype, self.device, execution.vectorize)
         self.data = stack_data(dataset, self.recipes, self.device, dtype)
-        self.optimizer = Optimizer(str(trial.program["optimizer"]), [model.settings for model in trial.models], params)
+        own = [model.settings for model in trial.models]
+        self.optimizer = StackOptimizer(str(trial.program["optimizer"]), own, params)
+        rule = self.optimizer.composed.rule
+        if rule.splits and rule.batches > self.recipes[0].batch_size:
+            raise FlatminError(
+                f"batch_size = {self.recipes[0].batch_size} cannot be split into {rule.batches} micro-batches"
+            )
+        self.step_size = self.recipes[0].batch_size * (1 if rule.splits else rule.batches)
+        """Examples that a step takes of each model's training set."""
         self.outcomes = [Outcome() for _ in trial.models]
         self.progress = Progress(
             alive=list(range(len(trial.models))),
             params=params,
             buffers=buffers,
-            optimizer=dict(self.optimizer.init(params)),
+            optimizer=dict(self.optimizer.composed.init(params)),
             params_before=params,
             buffers_before=buffers,
             running=torch.ones(len(params), dtype=torch.bool, device=self.device),
         )
         self._narrow()
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one pass over the training set; the last one may be short."""
+        return math.ceil(len(self.data.train) / self.step_size)
+
     def restore(self, progress: Progress, outcomes: list[Outcome]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: It is of another optimizer.
+        """
+        if set(progress.optimizer) != set(self.progress.optimizer):
+            raise ValueError("the checkpoint holds the state of another optimizer")
         self.progress, self.outcomes = progress.to(self.device), outcomes
         self._narrow()
 
@@ -137,7 +160,7 @@ class StackTrainer:
         while self.progress.alive:
             orders = self._orders()
             started = time.perf_counter()
-            size = self.recipes[0].batch_size
+            size = self.step_size
             while self.progress.step * size < orders.shape[1]:
                 order = orders[:, self.progress.step * size : (self.progress.step + 1) * size]
                 self._step(order)
@@ -165,6 +188,10 @@ class StackTrainer:
         self._max_loss = torch.tensor(limits, dtype=torch.float64, device=self.device)
         keys = [stream_key("training", recipe.order_seed) for recipe in self._recipes]
         self._keys = torch.tensor(keys, dtype=torch.int64, device=self.device)
+        keys = [stream_key("optimizer", recipe.order_seed) for recipe in self._recipes]
+        self._optimizer_keys = torch.tensor(keys, dtype=torch.int64, device=self.device)
+        total = [recipe.epochs * self.steps_per_epoch for recipe in self._recipes]
+        self._total = torch.tensor(total, dtype=self.progress.params.dtype, device=self.device)[:, None]
 
     def _orders(self) -> Tensor:
         """Return each model's order of the training examples in this epoch, `[K, n]`."""
@@ -177,25 +204,32 @@ class StackTrainer:
 
     def _step(self, order: Tensor) -> None:
         now = self.progress
-        batch = self._data.train.gather(order)
-        streams = Streams(self._keys, now.epoch * len(self._data.train) + now.step)
-        updated = {name: buffer.clone() for name, buffer in now.buffers.items()}
-        calls = 0
-
-        def loss_and_grad(params: Tensor) -> tuple[Tensor, Tensor]:
-            # Only the first pass over a step's examples moves the running statistics.
-            nonlocal calls
-            calls += 1
-            buffers = updated if calls == 1 else {name: buffer.clone() for name, buffer in now.buffers.items()}
-            leaf = params.detach().requires_grad_()
-            with self._autocast():
-                losses = self.network.losses(leaf, buffers, batch, train=True, streams=streams)
-            (grad,) = torch.autograd.grad(losses.sum(), leaf)
-            return losses.detach(), grad
-
-        factors = [recipe.lr_factor(now.epoch) for recipe in self._recipes]
-        lr_factor = torch.tensor(factors, dtype=now.params.dtype, device=self.device)[:, None]
-        losses, params, state = self._optimizer.step(now.params, now.optimizer, lr_factor, loss_and_grad)
+        rule, recipe, examples = self.optimizer.composed.rule, self.recipes[0], len(self._data.train)
+        # a short last batch has fewer micro-batches rather than smaller ones, which BatchNorm could not take
+        pieces = math.ceil(order.shape[1] * rule.batches / recipe.batch_size)
+        passes = Passes(
+            self.network,
+            self._data.train,
+            list(order.tensor_split(pieces, 1) if rule.splits else torch.split(order, recipe.batch_size, 1)),
+            now.buffers,
+            recipe.bn_updates,
+            lambda batch: Streams(self._keys, now.epoch * examples + now.step * rule.batches + batch),
+            self._autocast,
+        )
+        count = now.epoch * self.steps_per_epoch + now.step
+        step = Step(
+            count=count,
+            total=self._total,
+            lr_factor=self._lr_factor(),
+            batches=len(passes.batches),
+            hessian=self._optimizer.composed.needs_hessian(count),
+            streams=Streams(self._optimizer_keys, count),
+            shapes=self.network.shapes,
+            dtype=now.params.dtype,
+        )
+        stepping = self._optimizer.composed.steps(now.params, now.optimizer, step)
+        losses, params, state = answered(stepping, passes.answer)
+        updated = passes.buffers
         bad_loss = ~(losses <= self._max_loss)  # true for NaN as well
         bad_step = ~torch.isfinite(params).all(dim=1)
         keep = now.running & ~bad_loss & ~bad_step
@@ -209,6 +243,10 @@ class StackTrainer:
         now.optimizer = {name: _where(keep, state[name], old) for name, old in now.optimizer.items()}
         now.params_before, now.buffers_before = before
         now.running = keep
+
+    def _lr_factor(self) -> Tensor:
+        factors = [recipe.lr_factor(self.progress.epoch) for recipe in self._recipes]
+        return torch.tensor(factors, dtype=self.progress.params.dtype, device=self.device)[:, None]
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()

@@ -29,6 +29,7 @@ class Recipe:
     val_size: int
     eval_every: int
     precision: str
+    bn_updates: str
 
     def lr_factor(self, epoch: int) -> float:
         """Return what the learning rate is multiplied by in an epoch (counted from 0).
@@ -121,6 +122,13 @@ def training(
         Literal["fp32", "tf32", "bf16", "fp64"],
         Setting(about="Arithmetic of training; bf16 is autocast over fp32 weights."),
     ] = "fp32",
+    bn_updates: Annotated[
+        Literal["once", "all", "none"],
+        Setting(
+            about="Passes of a step that update BatchNorm's running statistics: the first over an example; all; none.",
+            neutral="once",
+        ),
+    ] = "once",
 ) -> Recipe:
     """Return the recipe of one model."""
     return Recipe(
@@ -140,4 +148,5 @@ def training(
         val_size=val_size,
         eval_every=eval_every,
         precision=precision,
+        bn_updates=bn_updates,
     )

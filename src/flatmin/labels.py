@@ -20,12 +20,14 @@ class MeasureLabel:
 
     Attributes:
         measure: The plug-in's name.
-        arguments: Every argument of the measure, defaults filled in.
+        arguments: Every argument of the measure's own, defaults filled in.
+        common: Every argument that all measures take (`data`, `subset`, ...), defaults filled in.
         label: The canonical text: arguments at their defaults left out, the rest sorted.
     """
 
     measure: str
     arguments: Mapping[str, Any]
+    common: Mapping[str, Any]
     label: str
 
     def __hash__(self) -> int:
@@ -42,32 +44,43 @@ def parse_label(text: str) -> MeasureLabel:
     'lpf(metric=identity, sigma=0.002)'
     >>> parse_label("lpf(sigma=0.01)").label
     'lpf'
+    >>> parse_label("lpf(subset=2000, data=test)").label
+    'lpf(data=test, subset=2000)'
     """
     match = _SHAPE.match(text)
     if match is None:
         raise RequestError(f"'{text}' is not a measure; write `lpf` or `lpf(sigma=0.002)`")
     name, inside = match.group(1), match.group(2)
     plugin = plugins.get("measure", name)
+    common = plugins.get("subject", "subject").arguments
+    twice = sorted(set(plugin.arguments) & set(common))
+    if twice:
+        raise RequestError(f"the measure '{name}' declares '{twice[0]}', which every measure takes already; rename it")
+    arguments = {**plugin.arguments, **common}
     given = {}
     for part in split_list(inside or ""):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise RequestError(f"in '{text}': '{part}' should read argument=value")
-        if key not in plugin.arguments:
-            raise RequestError(f"{name} does not take '{key}'.{nearest(key, plugin.arguments)}")
+        if key in plugin.refuses:
+            raise RequestError(f"{name} does not take '{key}': {plugin.refuses[key]}")
+        if key not in arguments:
+            raise RequestError(f"{name} does not take '{key}'.{nearest(key, arguments)}")
         if key in given:
             raise RequestError(f"in '{text}': '{key}' is given twice")
         try:
-            given[key] = plugin.arguments[key].canonical(value)
+            given[key] = arguments[key].canonical(value)
         except ValueError as error:
             raise RequestError(f"in '{text}': {key} = {value}: {error}") from None
-    missing = [key for key, argument in plugin.arguments.items() if argument.default is REQUIRED and key not in given]
+    missing = [key for key, argument in arguments.items() if argument.default is REQUIRED and key not in given]
     if missing:
         raise RequestError(f"'{text}' needs {', '.join(missing)}")
-    defaults = {key: argument.default for key, argument in plugin.arguments.items()}
+    defaults = {key: argument.default for key, argument in arguments.items()}
     changed = sorted(key for key, value in given.items() if value != defaults[key])
     inner = ", ".join(f"{key}={format_value(given[key])}" for key in changed)
-    return MeasureLabel(name, {**defaults, **given}, f"{name}({inner})" if inner else name)
+    values = {**defaults, **given}
+    own, shared = ({key: values[key] for key in keys} for keys in (plugin.arguments, common))
+    return MeasureLabel(name, own, shared, f"{name}({inner})" if inner else name)
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:

@@ -11,16 +11,16 @@ adds plug-ins through entry points of the groups below.
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flatmin.annotations import Source, source
 from flatmin.errors import RequestError, nearest
 from flatmin.settings import REQUIRED, Argument, Setting
 
@@ -30,8 +30,10 @@ FOLDERS: Mapping[str, str] = {
     "optimizer": "flatmin.optimizers",
     "measure": "flatmin.sharpness",
     "training": "flatmin.trainables.training",
+    "subject": "flatmin.sharpness.subject",
 }
-"""Where each kind of plug-in lives; `training` is the one loop that all models share."""
+"""Where each kind of plug-in lives; `training` is the one loop that all models share, `subject` what every measure
+can be asked of."""
 
 GROUPS: Mapping[str, str] = {
     "network": "flatmin.networks",
@@ -40,7 +42,9 @@ GROUPS: Mapping[str, str] = {
     "measure": "flatmin.measures",
 }
 
-_ANNOTATION_NAMES = {"Annotated": typing.Annotated, "Literal": typing.Literal, "Setting": Setting}
+_BASES = ("Base", "SecondOrderBase")
+_RULES = ("Rule", "FirstOrderRule")
+"""What the entry function of an optimizer's part returns, as annotated; see `flatmin.optimizers.interface`."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,14 @@ class Plugin:
     """One plug-in as its source declares it.
 
     Attributes:
-        kind: `network`, `dataset`, `optimizer`, `measure` or `training`.
+        kind: `network`, `dataset`, `optimizer`, `measure`, `training` or `subject`.
         name: The name in studies, tables and reports.
         module: The module to import when it is used.
         function: The entry function in that module.
         returns: The entry function's return annotation as written (`Base` or `Rule` for optimizers).
         arguments: Its settings by name, in the order of the signature.
         about: The first line of the entry function's docstring.
+        refuses: Arguments that others of its kind take and this one does not, with the reasons: `REFUSES` in its file.
     """
 
     kind: str
@@ -64,6 +69,7 @@ class Plugin:
     returns: str
     arguments: Mapping[str, Argument]
     about: str
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
     def load(self) -> Callable[..., Any]:
         """Import the plug-in's module and return its entry function."""
@@ -106,7 +112,10 @@ def _folder(kind: str) -> dict[str, Plugin]:
         files, package = sorted(place.glob("*.py")), FOLDERS[kind]
     found = {}
     for file in files:
-        plugin = _read(kind, file, f"{package}.{file.stem}", file.stem)
+        module = f"{package}.{file.stem}"
+        if module in FOLDERS.values() and module != FOLDERS[kind]:
+            continue
+        plugin = _read(kind, Source(file, module), file.stem)
         if plugin is not None:
             found[plugin.name] = plugin
     return found
@@ -114,44 +123,42 @@ def _folder(kind: str) -> dict[str, Plugin]:
 
 @cache
 def _external(kind: str, point: metadata.EntryPoint) -> Plugin:
-    spec = util.find_spec(point.module)
-    if spec is None or spec.origin is None:
+    found = source(point.module)
+    if found is None:
         raise RequestError(f"the entry point {point.name} = {point.value!r} names a module that cannot be found")
-    plugin = _read(kind, Path(spec.origin), point.module, point.attr)
+    plugin = _read(kind, found, point.attr)
     if plugin is None:
         raise RequestError(f"{point.module} has no function '{point.attr}', which its entry point names")
-    return Plugin(kind, point.name, plugin.module, plugin.function, plugin.returns, plugin.arguments, plugin.about)
+    return replace(plugin, name=point.name)
 
 
-def _read(kind: str, file: Path, module: str, function: str) -> Plugin | None:
-    tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == function:
-            arguments = {
-                argument.name: argument for argument in map(_argument, node.args.kwonlyargs, node.args.kw_defaults)
-            }
-            returns = ast.unparse(node.returns) if node.returns else ""
-            about = (ast.get_docstring(node) or "").partition("\n")[0]
-            return Plugin(kind, function, module, function, returns, arguments, about)
-    return None
+def _read(kind: str, file: Source, function: str) -> Plugin | None:
+    node = file.function(function)
+    if node is None:
+        return None
+    arguments = {
+        written.arg: _argument(file, written, default)
+        for written, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    }
+    returns = ast.unparse(node.returns) if node.returns else ""
+    about = (ast.get_docstring(node) or "").partition("\n")[0]
+    return Plugin(kind, function, file.module, function, returns, arguments, about, file.refusals())
 
 
-def _argument(node: ast.arg, default: ast.expr | None) -> Argument:
-    if node.annotation is None:
-        raise RequestError(f"the setting '{node.arg}' has no type")
-    annotation = _evaluate(node.annotation)
+def _argument(file: Source, node: ast.arg, default: ast.expr | None) -> Argument:
+    annotation = file.type_of(node)
     setting = Setting()
     if typing.get_origin(annotation) is typing.Annotated:
         annotation, *extra = typing.get_args(annotation)
-        setting = next((item for item in extra if isinstance(item, Setting)), setting)
-    value = REQUIRED if default is None else ast.literal_eval(default)
+        setting = next((item for item in reversed(extra) if isinstance(item, Setting)), setting)
+    try:
+        value = REQUIRED if default is None else ast.literal_eval(default)
+    except ValueError:
+        raise RequestError(
+            f"{file.file}: the default of the setting '{node.arg}', {ast.unparse(default or node)}, is not a plain "
+            "value: a number, a text, true, false, none or a tuple of such"
+        ) from None
     return Argument(node.arg, annotation, value, setting)
-
-
-def _evaluate(node: ast.expr) -> Any:
-    """Evaluate an annotation made of builtins, `Annotated`, `Literal` and `Setting`, and of nothing else."""
-    code = compile(ast.Expression(node), "<annotation>", "eval")
-    return eval(code, {"__builtins__": vars(builtins)}, dict(_ANNOTATION_NAMES))
 
 
 def optimizer_parts(name: str) -> list[Plugin]:
@@ -160,19 +167,60 @@ def optimizer_parts(name: str) -> list[Plugin]:
     `sgd` is a base alone (its rule is the plain gradient); `sam-sgd` is the rule `sam` over the base `sgd`.
 
     Raises:
-        RequestError: No such optimizer, with the nearest one there is.
+        RequestError: No such optimizer, with the nearest one there is; or a pair that makes no sense, with the reason.
     """
     plugins = listing("optimizer")
-    bases = [plugin.name for plugin in plugins.values() if plugin.returns == "Base"]
-    rules = [plugin.name for plugin in plugins.values() if plugin.returns == "Rule"]
-    names = bases + [f"{rule}-{base}" for rule in rules for base in bases]
+    bases = [plugin.name for plugin in plugins.values() if plugin.returns in _BASES]
+    rules = [plugin.name for plugin in plugins.values() if plugin.returns in _RULES]
+    parts = name.split("-")
     if name in rules:
         raise RequestError(
-            f"'{name}' is a gradient rule and needs a base update: {', '.join(f'{name}-{base}' for base in bases)}"
+            f"'{name}' is a gradient rule and needs a base update: "
+            + ", ".join(f"{name}-{base}" for base in bases if not _senseless(plugins[name], plugins[base]))
         )
+    if len(parts) > 1 and set(parts) <= {*bases, *rules}:
+        _refuse_wrong_pair(parts, bases, plugins)
+    names = optimizer_names()
     if name not in names:
         raise RequestError(f"there is no optimizer '{name}'.{nearest(name, names)}")
-    return [plugins[part] for part in name.split("-")]
+    return [plugins[part] for part in parts]
+
+
+def optimizer_names() -> list[str]:
+    """Return the names of all optimizers: the bases, and every rule over every base that it goes with."""
+    plugins = listing("optimizer").values()
+    bases = [plugin for plugin in plugins if plugin.returns in _BASES]
+    rules = [plugin for plugin in plugins if plugin.returns in _RULES]
+    pairs = [f"{rule.name}-{base.name}" for rule in rules for base in bases if not _senseless(rule, base)]
+    return [base.name for base in bases] + pairs
+
+
+def _refuse_wrong_pair(parts: Sequence[str], bases: Sequence[str], plugins: Mapping[str, Plugin]) -> None:
+    """Raise a RequestError with the reason where an optimizer's known parts do not go together."""
+    *rules, base = parts
+    name = "-".join(parts)
+    if sum(part in bases for part in parts) != 1:
+        found = " and ".join(f"'{part}'" for part in parts)
+        raise RequestError(f"'{name}' must have one base update, of {', '.join(bases)}; it has {found}")
+    if base not in bases:
+        of_them = next(part for part in parts if part in bases)
+        rest = [part for part in parts if part != of_them]
+        raise RequestError(f"'{name}': the gradient rule comes first: '{'-'.join([*rest, of_them])}'")
+    if len(rules) > 1:
+        raise RequestError(f"'{name}' has {len(rules)} gradient rules; an optimizer takes one: '{rules[0]}-{base}'")
+    reason = _senseless(plugins[rules[0]], plugins[base])
+    if reason:
+        raise RequestError(f"'{name}' makes no sense: {reason}")
+
+
+def _senseless(rule: Plugin, base: Plugin) -> str:
+    """Return why a rule does not go with a base, or nothing."""
+    if rule.returns == "FirstOrderRule" and base.returns == "SecondOrderBase":
+        return (
+            f"'{base.name}' multiplies by the Hessian of the function whose gradient it is given, "
+            f"and the gradient of '{rule.name}' is of a function that has no Hessian-vector products"
+        )
+    return ""
 
 
 def program_arguments(names: Mapping[str, str]) -> dict[str, Argument]:

@@ -37,7 +37,7 @@ def plain() -> str:
     """Return all settings as plain text, for the help of the command line."""
     lines = ["Settings (SETTING=VALUE; models of one stack may differ in those that are per model):"]
     for plugin in _plugins():
-        if plugin.kind != "measure":
+        if plugin.kind not in ("measure", "subject"):
             lines += ["", f"{plugin.kind} {plugin.name}: {plugin.about}"]
             lines += [f"  {name}  {describe(argument)}" for name, argument in plugin.arguments.items()]
     return "\n".join(lines)
@@ -52,9 +52,10 @@ def markdown() -> str:
         "in a setting that is *per model*. An optimizer is a base, or a rule over a base: `sgd`, `sam-sgd`.",
     ]
     for plugin in _plugins():
-        role = f" ({plugin.returns.lower()})" if plugin.kind == "optimizer" else ""
+        role = "" if plugin.kind != "optimizer" else " (rule)" if plugin.returns.endswith("Rule") else " (base)"
         lines += ["", f"## {plugin.kind} `{plugin.name}`{role}", "", plugin.about, ""]
         lines += [f"- `{name}`: {describe(argument)}" for name, argument in plugin.arguments.items()]
+        lines += [f"- not `{name}`: {reason}" for name, reason in plugin.refuses.items()]
     return "\n".join(line for line in lines).rstrip().replace("\n\n\n", "\n\n") + "\n"
 
 

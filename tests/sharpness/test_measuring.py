@@ -2,45 +2,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from flatmin import plugins
 from flatmin.errors import FlatminError, RequestError
-from flatmin.sharpness import Engine, measure_stack
+from flatmin.sharpness import Curve, Engine, Estimate, measure_all, measure_stack
+from flatmin.sharpness.estimate import exact
 from flatmin.tables import fixed_columns
-
-GIVEN_BY_THE_CALLER = {"model_id", "trial_id", "epoch"}
-
-
-@pytest.mark.parametrize("name", plugins.listing("measure"))
-def test_every_measure_fills_a_row(mlp: Any, name: str) -> None:
-    (rows,) = measure_stack(mlp.engine(), [name])
-    assert len(rows) == 4
-    for row in rows:
-        assert set(row) | GIVEN_BY_THE_CALLER == set(fixed_columns("sharpness"))
-        assert (row["measure"], row["label"], row["metric"]) == (name, name, "filter")
-        assert math.isfinite(row["value"])
-        assert row["stderr"] >= 0
-        assert row["samples"] > 0
-        assert row["passes"] > 0
-        assert row["seconds"] > 0
-        assert row["converged"] is True
-        defaults = {key: argument.default for key, argument in plugins.get("measure", name).arguments.items()}
-        assert json.loads(row["settings"]) == defaults
-
-
-@pytest.mark.parametrize("name", plugins.listing("measure"))
-def test_every_measure_of_a_broken_model_is_none(mlp: Any, name: str) -> None:
-    engine = mlp.engine()
-    params = engine.params.clone()
-    params[2] = math.nan
-    (rows,) = measure_stack(Engine(engine.network, params, {}, engine.batches, engine.keys), [name])
-    assert [row["value"] is None for row in rows] == [False, False, True, False]
-    assert rows[2]["stderr"] is None
-    assert rows[2]["converged"] is False
 
 
 def test_arguments_reach_the_measure_and_the_label(mlp: Any) -> None:
@@ -48,6 +19,14 @@ def test_arguments_reach_the_measure_and_the_label(mlp: Any) -> None:
     assert rows[0]["label"] == "lpf(metric=identity, sigma=0.02)"
     assert rows[0]["metric"] == "identity"
     assert json.loads(rows[0]["settings"])["sigma"] == 0.02
+
+
+def test_what_all_measures_take_reaches_label_and_settings_where_it_is_not_the_default(mlp: Any) -> None:
+    (rows,) = measure_stack(mlp.engine(), ["lpf(label_smoothing=0.1, data=train)"])
+    assert rows[0]["label"] == "lpf(label_smoothing=0.1)"
+    settings = json.loads(rows[0]["settings"])
+    assert settings["label_smoothing"] == 0.1
+    assert "data" not in settings
 
 
 def test_a_wrong_label_is_refused_before_anything_is_measured(mlp: Any) -> None:
@@ -68,6 +47,28 @@ def test_a_measure_that_fails_is_named(mlp: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("flatmin.sharpness.lpf.lpf", broken(KeyError("x")))
     with pytest.raises(FlatminError, match=r"measure lpf\(sigma=0.5\) failed: KeyError: 'x'"):
         measure_stack(mlp.engine(), ["lpf(sigma=0.5)"])
+
+
+def test_a_measure_may_return_curves(mlp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def density(engine: Engine, **arguments: Any) -> Estimate:
+        x = torch.arange(3.0).expand(len(engine), 3)
+        keys = engine.keys.double()
+        value = torch.stack([keys, keys + 1, torch.full_like(keys, math.inf)], dim=1)
+        curves = [Curve("hessian_density", x, value), Curve("surface", x, x, y=-x, settings={"direction": 1})]
+        return replace(exact(engine.losses(), passes=1.0), curves=curves)
+
+    monkeypatch.setattr("flatmin.sharpness.lpf.lpf", density)
+    found = measure_all(mlp.engine(), ["lambda_max(max_steps=1)", "lpf(sigma=0.5)"])
+    assert found.points[0] == [[], [], [], []]
+    first, last = found.points[1][1][0], found.points[1][1][-1]
+    assert {**first, "settings": 0} == {"kind": "hessian_density", "settings": 0, "x": 0.0, "y": None, "value": 101}
+    assert json.loads(first["settings"])["label"] == "lpf(sigma=0.5)"
+    assert json.loads(first["settings"])["sigma"] == 0.5
+    assert {**last, "settings": 0} == {"kind": "surface", "settings": 0, "x": 2.0, "y": -2.0, "value": 2.0}
+    assert json.loads(last["settings"])["direction"] == 1
+    assert found.points[1][1][2]["value"] is None
+    assert set(last) | {"model_id", "trial_id", "epoch"} == set(fixed_columns("spectra"))
+    assert [row["value"] for row in found.rows[1]] == mlp.engine().losses().tolist()
 
 
 @pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")], ids=["host", "device"])

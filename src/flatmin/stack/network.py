@@ -58,7 +58,7 @@ class StackedNetwork:
 
     def __init__(self, template: nn.Module, vectorize: Literal["auto", "vmap", "loop"] = "auto") -> None:
         self.template = copy.deepcopy(template)
-        named = dict(self.template.named_parameters())
+        named = {name: parameter for name, parameter in self.template.named_parameters() if parameter.requires_grad}
         if not named:
             raise ValueError("the network has no parameters to train")
         self.names = list(named)
@@ -69,9 +69,19 @@ class StackedNetwork:
 
     @staticmethod
     def stack(modules: Sequence[nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weights `[K, d]` and buffers of K modules of one network."""
-        rows = [torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()]) for module in modules]
-        per_module = [dict(module.named_buffers()) for module in modules]
+        """Return the weights `[K, d]` and buffers of K modules of one network.
+
+        Parameters that require no gradient are among the buffers: nothing trains, displaces or measures them.
+        """
+        rows = [
+            torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters() if parameter.requires_grad])
+            for module in modules
+        ]
+        per_module = [
+            {name: parameter.detach() for name, parameter in module.named_parameters() if not parameter.requires_grad}
+            | dict(module.named_buffers())
+            for module in modules
+        ]
         buffers = {name: torch.stack([own[name] for own in per_module]) for name in per_module[0]}
         return torch.stack(rows), buffers
 
@@ -119,7 +129,7 @@ class StackedNetwork:
                 outputs: Tensor = functional_call(self.template, own, (x,))
             return outputs
 
-        if self._loops(params):
+        if self.loops(params.device):
             before = torch.get_rng_state()
             rows = torch.stack(
                 [
@@ -152,11 +162,12 @@ class StackedNetwork:
         """Return each model's mean cross-entropy over its batch, in nats, `[K]`; arguments as in `logits`."""
         return cross_entropy(self.logits(params, buffers, batch, train=train, streams=streams), batch.y).mean(dim=1)
 
-    def _loops(self, params: Tensor) -> bool:
+    def loops(self, device: torch.device) -> bool:
+        """Return whether models on a device go through the network one after another rather than side by side."""
         if self.vectorize != "auto":
             return self.vectorize == "loop"
         convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.template.modules())
-        return convolutions and params.device.type == "cpu"
+        return convolutions and device.type == "cpu"
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

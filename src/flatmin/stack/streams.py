@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+_PIECE = 2**17
 
 
 def stream_key(stream: str, *seeds: int) -> int:
@@ -38,33 +40,67 @@ def permutation(key: int, n: int) -> Tensor:
     return torch.sort(bits, stable=True).indices
 
 
-def uniform(key: Tensor | int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """Return float64 numbers in [0, 1) of a shape, as the stream `key` has them."""
-    bits = _draw(key, shape, device)
-    return _shift(bits, 11).to(torch.float64) * 2.0**-53
+def uniform(
+    key: Tensor | int,
+    shape: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return numbers in [0, 1) of a shape, as the stream `key` has them; drawn in float64."""
+    key, count = _key(key, device), math.prod(shape)
+    drawn = key.new_empty(count, dtype=dtype)
+    for start, stop in _pieces(count, key.device):
+        drawn[start:stop] = _shift(_bits_between(key, start, stop), 11).to(torch.float64).mul_(2.0**-53)
+    return drawn.reshape(tuple(shape))
 
 
-def normal(key: Tensor | int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """Return float64 standard normal numbers of a shape (Box and Muller 1958)."""
-    count = math.prod(shape)
+def normal(
+    key: Tensor | int,
+    shape: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return standard normal numbers of a shape (Box and Muller 1958), drawn in float64."""
+    key, count = _key(key, device), math.prod(shape)
     half = (count + 1) // 2
-    bits = _draw(key, (half,), device)
-    radius = torch.sqrt(-2.0 * torch.log((_shift(bits, 32).to(torch.float64) + 0.5) * 2.0**-32))
-    angle = (bits & 0xFFFFFFFF).to(torch.float64) * (2.0 * math.pi * 2.0**-32)
-    both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
-    return both[:count].reshape(tuple(shape))
+    drawn = key.new_empty(2 * half, dtype=dtype)
+    for start, stop in _pieces(half, key.device):
+        bits = _bits_between(key, start, stop)
+        radius = _shift(bits, 32).to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+        angle = (bits & 0xFFFFFFFF).to(torch.float64).mul_(2.0 * math.pi * 2.0**-32)
+        drawn[start:stop] = torch.cos(angle).mul_(radius)
+        drawn[half + start : half + stop] = angle.sin_().mul_(radius)
+    return drawn[:count].reshape(tuple(shape))
 
 
-def rademacher(key: Tensor | int, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-    """Return float64 numbers of a shape, each -1 or 1 with equal probability."""
-    return _shift(_draw(key, shape, device), 63).to(torch.float64) * 2.0 - 1.0
+def rademacher(
+    key: Tensor | int,
+    shape: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return numbers of a shape, each -1 or 1 with equal probability."""
+    key, count = _key(key, device), math.prod(shape)
+    drawn = key.new_empty(count, dtype=dtype)
+    for start, stop in _pieces(count, key.device):
+        drawn[start:stop] = _shift(_bits_between(key, start, stop), 63)
+    return drawn.mul_(2.0).sub_(1.0).reshape(tuple(shape))
 
 
-def _draw(key: Tensor | int, shape: Sequence[int], device: torch.device | str) -> Tensor:
-    if not isinstance(key, Tensor):
-        key = torch.tensor(key, dtype=torch.int64, device=device)
-    index = torch.arange(math.prod(shape), device=key.device)
-    return _bits(key, index).reshape(tuple(shape))
+def _key(key: Tensor | int, device: torch.device | str) -> Tensor:
+    return key if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device=device)
+
+
+def _pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Return where the pieces of 0 .. count - 1 start and stop.
+
+    On a CPU they stay in its cache, and are large enough for threads that wait for each other, on a busy machine.
+    """
+    size = _PIECE if device.type == "cpu" else max(1, count)
+    return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _bits(key: Tensor, index: Tensor) -> Tensor:
@@ -72,15 +108,19 @@ def _bits(key: Tensor, index: Tensor) -> Tensor:
     return _mix(_mix(key) + (index + 1) * _GOLDEN)
 
 
+def _bits_between(key: Tensor, start: int, stop: int) -> Tensor:
+    return _bits(key, torch.arange(start, stop, device=key.device))
+
+
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shift(z, 30)) * _MIX1
-    z = (z ^ _shift(z, 27)) * _MIX2
-    return z ^ _shift(z, 31)
+    z = _shift(z, 30).bitwise_xor_(z).mul_(_MIX1)
+    z = _shift(z, 27).bitwise_xor_(z).mul_(_MIX2)
+    return _shift(z, 31).bitwise_xor_(z)
 
 
 def _shift(z: Tensor, places: int) -> Tensor:
-    """Shift right without carrying the sign along; int64 has no such operator."""
-    return (z >> places) & ((1 << (64 - places)) - 1)
+    """Shift right without carrying the sign along, into a tensor of its own; int64 has no such operator."""
+    return (z >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 
 def _wrapped(number: int) -> int:
@@ -98,6 +138,17 @@ class Streams:
 
     def __init__(self, keys: Tensor, step: int = 0) -> None:
         self.keys = _mix(keys + _wrapped((step + 1) * _MIX1))
+
+    @staticmethod
+    def joined(parts: Sequence[Streams]) -> Streams:
+        """Return the streams of several groups of models as those of one stack."""
+        whole = object.__new__(Streams)
+        whole.keys = torch.cat([part.keys for part in parts])
+        return whole
+
+    def keys_of(self, stream: str, number: int) -> Tensor:
+        """Return the keys `[K]` of one numbered draw of a named stream in this step."""
+        return _mix((self.keys ^ stream_key(stream)) + _wrapped((number + 1) * _MIX2))
 
 
 class _Dropout(TorchFunctionMode):
@@ -143,7 +194,8 @@ def dropout_mask(key: Tensor, call: int, shape: Sequence[int], p: float) -> Tens
         shape: The mask's shape.
         p: The probability of dropping an element.
     """
-    bits = _draw(_mix(key + _wrapped(call * _MIX2)), shape, key.device)
+    index = torch.arange(math.prod(shape), device=key.device)
+    bits = _bits(_mix(key + _wrapped(call * _MIX2)), index).reshape(tuple(shape))
     return _shift(bits, 11) >= int(p * 2**53)
 
 

@@ -1,0 +1,116 @@
+"""AdaHessian: Adam with a running mean of squares of the Hessian's diagonal in its denominator.
+
+D = mean over samples of z * (H z), z = +-1 at random (Hutchinson's diagonal), then averaged as `hessian_average` says;
+m <- beta1 m + (1 - beta1) g;  s <- beta2 s + (1 - beta2) D^2;
+w <- w - lr [ (m / (1 - beta1^t)) / ((s / (1 - beta2^t))^(hessian_power / 2) + adahessian_eps) + weight_decay w ].
+H is the Hessian of the function whose gradient the rule returned. Between two steps that compute D (`hessian_every`)
+the last one is used again. Source: Yao et al. 2021, equations 8 to 12 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from flatmin.optimizers.adam import no_steps
+from flatmin.optimizers.arguments import Beta1, Beta2, LearningRate, WeightDecay
+from flatmin.optimizers.interface import Evaluation, HessianProduct, SecondOrderBase, State, Step
+from flatmin.settings import Setting
+
+
+def adahessian(
+    *,
+    lr: LearningRate = 0.15,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.999,
+    adahessian_eps: Annotated[float, Setting(about="Added to AdaHessian's denominator.", gt=0, per_model=True)] = 1e-4,
+    weight_decay: WeightDecay = 0.0,
+    hessian_power: Annotated[
+        float, Setting(about="Power of the Hessian's diagonal in the denominator.", ge=0, le=1, per_model=True)
+    ] = 1.0,
+    hessian_samples: Annotated[int, Setting(about="Random vectors per estimate of the Hessian's diagonal.", ge=1)] = 1,
+    hessian_every: Annotated[
+        int, Setting(about="Steps from one estimate of the Hessian's diagonal to the next.", unit="steps", ge=1)
+    ] = 1,
+    hessian_average: Annotated[
+        Literal["none", "spatial", "row"],
+        Setting(about="Over what |diagonal| is averaged: nothing; each convolution kernel; that and each linear row."),
+    ] = "spatial",
+) -> SecondOrderBase:
+    """Adam with the Hessian's diagonal in its denominator, weight decay decoupled."""
+    return _AdaHessian(
+        lr,
+        beta1,
+        beta2,
+        adahessian_eps,
+        weight_decay,
+        hessian_power,
+        hessian_samples,
+        hessian_every,
+        hessian_average,
+    )
+
+
+@dataclass(frozen=True)
+class _AdaHessian:
+    lr: float
+    beta1: float
+    beta2: float
+    adahessian_eps: float
+    weight_decay: float
+    hessian_power: float
+    hessian_samples: int
+    hessian_every: int
+    hessian_average: str
+
+    def needs_hessian(self, count: int) -> bool:
+        return count % self.hessian_every == 0
+
+    def init(self, params: Tensor) -> State:
+        state = {"mean": torch.zeros_like(params), "square": torch.zeros_like(params), "steps": no_steps(params)}
+        return state if self.hessian_every == 1 else {**state, "diagonal": torch.zeros_like(params)}
+
+    def update(self, params: Tensor, found: Evaluation, state: State, step: Step) -> tuple[Tensor, State]:
+        diagonal = self._diagonal(found.hvp, step) if found.hvp is not None else state["diagonal"]
+        t = state["steps"] + 1
+        m = (self.beta1 * state["mean"]).add_((1 - self.beta1) * found.grad)
+        s = (self.beta2 * state["square"]).add_(((1 - self.beta2) * diagonal).mul_(diagonal))
+        m_hat = m / (1 - self.beta1**t).to(m.dtype)
+        s_hat = s / (1 - self.beta2**t).to(s.dtype)
+        lr = self.lr * step.lr_factor
+        change = m_hat.div_(s_hat.pow_(self.hessian_power / 2).add_(self.adahessian_eps))
+        change.add_(self.weight_decay * params).mul_(lr)
+        kept = {} if self.hessian_every == 1 else {"diagonal": diagonal}
+        return torch.sub(params, change, out=change), {"mean": m, "square": s, "steps": t, **kept}
+
+    def _diagonal(self, hvp: HessianProduct, step: Step) -> Tensor:
+        total: Tensor | float = 0.0
+        for sample in range(self.hessian_samples):
+            z = step.rademacher("adahessian", sample)
+            total = z.mul_(hvp(z)).add_(total)
+        assert isinstance(total, Tensor)
+        return _averaged(total.div_(self.hessian_samples), step, self.hessian_average)
+
+
+def _averaged(diagonal: Tensor, step: Step, over: str) -> Tensor:
+    """Return |diagonal| `[K, d]` averaged over the kernel of each convolution, and over each row of a matrix if asked.
+
+    Biases, BatchNorm and, unless `over` is `row`, matrices are as they were.
+    """
+    if over == "none":
+        return diagonal
+    parts = []
+    for part, shape in zip(
+        torch.split(diagonal, [torch.Size(s).numel() for s in step.shapes], dim=1), step.shapes, strict=True
+    ):
+        if len(shape) > 2 or (len(shape) == 2 and over == "row"):
+            kept = 2 if len(shape) > 2 else 1
+            averaged = part.abs().reshape(len(part), torch.Size(shape[:kept]).numel(), -1).mean(dim=2, keepdim=True)
+            size = torch.Size(shape[kept:]).numel()
+            parts.append(averaged.expand(-1, -1, size).flatten(1))
+        else:
+            parts.append(part)
+    return torch.cat(parts, dim=1)

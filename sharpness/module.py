@@ -1,0 +1,188 @@
+"""Measures of anybody's module, without a study: `flatmin.sharpness.measure`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from flatmin.errors import RequestError
+from flatmin.sharpness.engine import Engine
+from flatmin.sharpness.guards import generators_kept
+from flatmin.sharpness.losses import check_mean, per_example
+from flatmin.sharpness.measuring import Measured, measure_all
+from flatmin.stack import Batch, StackedNetwork, stream_key
+
+Loss = str | Callable[[Tensor, Tensor], Tensor]
+Data = tuple[Tensor, Tensor] | Iterable[Sequence[Tensor]]
+"""Inputs and targets, or batches of them (a DataLoader)."""
+
+
+def measure(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    measures: Sequence[str],
+    *,
+    initial: nn.Module | Mapping[str, Tensor] | None = None,
+    sets: Mapping[str, Data] | None = None,
+    seed: int = 0,
+    memory: int = 2**31,
+    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+) -> pd.DataFrame:
+    """Measure one model.
+
+    The model is measured in eval mode, whatever its mode is, and with regard to all its parameters. It is left bit for
+    bit as it was, and so are the generators of torch, numpy and Python. The data are read once and kept on the model's
+    device.
+
+    Args:
+        model: The model, trained.
+        loss: `cross_entropy`, `squared_error`, a torch loss with reduction 'mean' or 'none', or any differentiable
+            function of (outputs, targets) that is a mean over examples or gives one number for each.
+        data: The training examples, without augmentation: `(x, y)`, a DataLoader, or batches `(x, y)`.
+        measures: Measures as in a study, `["lpf", "lambda_max(metric=identity)", "lpf(subset=2000)"]`.
+        initial: The weights that training started from, as a module or its `state_dict`; some measures need them.
+        sets: Other examples by name (`val`, `test`), for measures with `data=test`.
+        seed: Of the random vectors; the same as that of a study's model gives the same ones.
+        memory: Bytes that kept graphs and Krylov bases may take, each.
+        vectorize: How several evaluations go through the network at once; `loop` for one that `torch.func.vmap`
+            cannot take.
+
+    Returns:
+        One row per measure with the columns measure, label, value, stderr, samples, passes, converged, metric,
+        seconds and settings; see docs/tables.md.
+
+    Raises:
+        RequestError: There is no such measure or loss, or the examples are none.
+        FlatminError: The network or the loss cannot be measured; the message says why.
+
+    >>> model = nn.Linear(2, 2)
+    >>> x, y = torch.randn(100, 2), torch.randint(2, (100,))
+    >>> frame = measure(model, "cross_entropy", (x, y), ["lambda_max", "lpf(sigma=0.1, metric=identity)"])
+    >>> list(frame["label"]), bool(frame["converged"].all())
+    (['lambda_max', 'lpf(metric=identity, sigma=0.1)'], True)
+    """
+    found = _measured(model, loss, data, measures, initial, sets, seed, memory, vectorize)
+    return pd.DataFrame([row for (row,) in found.rows])
+
+
+def curves(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    measures: Sequence[str],
+    *,
+    initial: nn.Module | Mapping[str, Tensor] | None = None,
+    sets: Mapping[str, Data] | None = None,
+    seed: int = 0,
+    memory: int = 2**31,
+    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+) -> pd.DataFrame:
+    """Return the curves that measures of one model find beside their values; arguments and errors as `measure` has.
+
+    Returns:
+        One row per point with the columns kind, settings (JSON), x, y and value.
+    """
+    found = _measured(model, loss, data, measures, initial, sets, seed, memory, vectorize)
+    points = [point for (of_model,) in found.points for point in of_model]
+    return pd.DataFrame(points, columns=["kind", "settings", "x", "y", "value"])
+
+
+def _measured(
+    model: nn.Module,
+    loss: Loss,
+    data: Data,
+    measures: Sequence[str],
+    initial: nn.Module | Mapping[str, Tensor] | None,
+    sets: Mapping[str, Data] | None,
+    seed: int,
+    memory: int,
+    vectorize: Literal["auto", "vmap", "loop"],
+) -> Measured:
+    if isinstance(measures, str):
+        raise RequestError(f"measures is a list of labels; write [{measures!r}]")
+    first = next(model.parameters(), None)
+    if first is None:
+        raise RequestError("the network has no parameters, so there is no minimum to measure")
+    with _undisturbed(first.device):
+        network = StackedNetwork(model, vectorize)
+        params, buffers = StackedNetwork.stack([model])
+        single = per_example(loss)
+        engine = Engine(
+            network,
+            params,
+            buffers,
+            _batches(data, first.device),
+            torch.tensor([stream_key("measure", seed)], device=first.device),
+            initial=None if initial is None else _flat(initial, network).to(first.device)[None],
+            loss=single,
+            sets={name: _batches(own, first.device) for name, own in (sets or {}).items()},
+            memory=memory,
+        )
+        if not isinstance(loss, str):
+            some = engine.batches[0]
+            outputs = network.logits(engine.params, engine.buffers, some).detach()[0]
+            check_mean(loss, single, outputs, some.y[0])
+        return measure_all(engine, measures)
+
+
+def _batches(data: Data, device: torch.device) -> list[Batch]:
+    """Return examples as batches of one model.
+
+    Raises:
+        RequestError: There are none, or they are something else.
+    """
+    pairs = [data] if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data) else list(data)
+    batches = []
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+            raise RequestError(
+                f"data is (x, y), or batches of such, as tensors; one of them is {type(pair).__name__}: wrap a Dataset "
+                "in a DataLoader"
+            )
+        x, y = (part.detach() for part in pair)
+        if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
+            raise RequestError(f"data: inputs {list(x.shape)} and targets {list(y.shape)} differ in length")
+        if len(x):
+            batches.append(Batch(x.to(device), y.to(device)[None], shared=True))
+    if not batches:
+        raise RequestError("data: there are no examples to measure on")
+    return batches
+
+
+def _flat(initial: nn.Module | Mapping[str, Tensor], network: StackedNetwork) -> Tensor:
+    """Return initial weights as `[d]`.
+
+    Raises:
+        RequestError: They are not of this network.
+    """
+    named = dict(initial.named_parameters()) if isinstance(initial, nn.Module) else initial
+    for name, shape in zip(network.names, network.shapes, strict=True):
+        if name not in named or tuple(named[name].shape) != shape:
+            got = f"has the shape {list(named[name].shape)}" if name in named else "is missing"
+            raise RequestError(f"initial: the parameter '{name}' {got}; the model's has {list(shape)}")
+    return torch.cat([named[name].detach().reshape(-1) for name in network.names])
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Give a context with gradients and without autocasting, after which all generators are as they were."""
+    python, of_numpy = random.getstate(), np.random.get_state()
+    with (
+        generators_kept(device),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(of_numpy)

@@ -1,0 +1,59 @@
+"""Parts of a set of examples: cut, drawn by index, and laid side by side as the examples of more models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flatmin.stack import Batch
+
+
+def cut(batch: Batch, size: int) -> list[Batch]:
+    """Return a batch as batches of at most `size` examples; itself if it is small enough."""
+    if batch.y.shape[1] <= size:
+        return [batch]
+    xs = torch.split(batch.x, size, dim=0 if batch.shared else 1)
+    ys = torch.split(batch.y, size, dim=1)
+    return [Batch(x, y, batch.shared) for x, y in zip(xs, ys, strict=True)]
+
+
+def take(batches: Sequence[Batch], index: Tensor, *, alike: bool) -> Batch:
+    """Return the examples of numbers `index`, int64 `[K, b]`, counted through all batches.
+
+    Args:
+        batches: The set, cut in any way.
+        index: Each model's choice.
+        alike: Whether all models choose the same.
+    """
+    models, width = index.shape
+    rows = torch.arange(models, device=index.device)[:, None].expand_as(index)
+    shared = alike and all(batch.shared for batch in batches)
+    x_index, x_rows = (part[:1] if shared else part for part in (index, rows))
+    first = batches[0]
+    x = first.x.new_empty(*x_index.shape, *first.x.shape[1 if first.shared else 2 :])
+    y = first.y.new_empty(models, width, *first.y.shape[2:])
+    start = 0
+    for batch in batches:
+        stop = start + batch.y.shape[1]
+        here, x_here = ((part >= start) & (part < stop) for part in (index, x_index))
+        y[here] = batch.y[rows[here], index[here] - start]
+        chosen = x_index[x_here] - start
+        x[x_here] = batch.x[chosen] if batch.shared else batch.x[x_rows[x_here], chosen]
+        start = stop
+    return Batch(x[0] if shared else x, y, shared)
+
+
+def side_by_side(groups: Sequence[Batch]) -> Batch:
+    """Return G batches of K models and equal size as one batch of G K models, the groups one after another."""
+    if len(groups) == 1:
+        return groups[0]
+    xs = [group.x.expand(len(group.y), *group.x.shape) if group.shared else group.x for group in groups]
+    return Batch(torch.cat(xs), torch.cat([group.y for group in groups]))
+
+
+def pieces(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, number) of consecutive runs of at most `most`, at least one, of `count` things."""
+    for first in range(0, count, max(1, most)):
+        yield first, min(max(1, most), count - first)
