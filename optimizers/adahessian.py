@@ -66,6 +66,10 @@ class _AdaHessian:
     hessian_every: int
     hessian_average: str
 
+    @property
+    def products(self) -> float:
+        return self.hessian_samples / self.hessian_every
+
     def needs_hessian(self, count: int) -> bool:
         return count % self.hessian_every == 0
 

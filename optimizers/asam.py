@@ -8,7 +8,7 @@ Source: Kwon et al. 2021, eq. 9 and algorithm 1, with T as in their section 4 (e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ def asam(
 class _ASAM(Rule):
     rho: float
     asam_eta: float
+    passes: ClassVar[int] = 2
 
     def gradient(self, params: Tensor, state: State, step: Step) -> Gradient:
         here = yield at(params)

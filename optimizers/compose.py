@@ -50,6 +50,11 @@ class Composed:
         of_rule = {f"{self._names[0]}/{key}": value for key, value in self.rule.init(params).items()}
         return {**of_rule, **{f"{self._names[-1]}/{key}": value for key, value in self.base.init(params).items()}}
 
+    @property
+    def products(self) -> float:
+        """Hessian-vector products of a step, on average over steps."""
+        return cast(SecondOrderBase, self.base).products if self.second_order else 0.0
+
     def needs_hessian(self, count: int) -> bool:
         """Return whether the step after `count` others takes Hessian-vector products."""
         return self.second_order and cast(SecondOrderBase, self.base).needs_hessian(count)

@@ -79,20 +79,21 @@ class _Entropy(FirstOrderRule):
 
     def gradient(self, params: Tensor, state: State, step: Step) -> Gradient:
         gamma = self._gamma(step)
-        x = mu = params
-        v = torch.zeros_like(params)
+        x, mu, v = params, params.clone(), torch.zeros_like(params)
         losses = None
         for batch in range(step.batches):
             here = yield at(x, batch=batch)
             losses = here.losses if losses is None else losses
             v.mul_(self.entropy_momentum).add_(here.grad)
-            v.add_((x - params).mul_(gamma)).add_(self.entropy_weight_decay * x)
-            noise = step.normal("entropy", batch).mul_(self.entropy_lr**0.5 * self.entropy_noise)
-            x = (x - self.entropy_lr * v).add_(noise)
-            del noise
-            mu = (self.entropy_average * mu).add_((1 - self.entropy_average) * x)
+            work = torch.sub(x, params).mul_(gamma)
+            v.add_(work).add_(torch.mul(x, self.entropy_weight_decay, out=work))
+            torch.mul(v, self.entropy_lr, out=work)
+            x = torch.sub(x, work)
+            x.add_(step.normal("entropy", batch).mul_(self.entropy_lr**0.5 * self.entropy_noise))
+            mu.mul_(self.entropy_average).add_(torch.mul(x, 1 - self.entropy_average, out=work))
+            del work
         assert losses is not None
-        return Evaluation(losses, gamma * (params - mu)), state
+        return Evaluation(losses, torch.sub(params, mu).mul_(gamma)), state
 
     def _gamma(self, step: Step) -> Tensor | float:
         grown = self.entropy_gamma * (1 + self.entropy_scoping) ** step.count

@@ -119,9 +119,11 @@ class Rule(ABC):
 
     Attributes:
         splits: Whether a step's batches are micro-batches, which share `batch_size` examples; else each has that many.
+        passes: How many gradients are taken on each example of a step.
     """
 
     splits: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
 
     @property
     def batches(self) -> int:
@@ -168,6 +170,10 @@ class Base(Protocol):
 
 class SecondOrderBase(Base, Protocol):
     """A base update that also multiplies vectors by the Hessian of the function whose gradient it is given."""
+
+    @property
+    def products(self) -> float:
+        """Hessian-vector products of a step, on average over steps."""
 
     def needs_hessian(self, count: int) -> bool:
         """Return whether the step that follows `count` others takes Hessian-vector products."""

@@ -7,6 +7,7 @@ so that momentum and weight decay of the base act at w. Source: Foret et al. 202
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ def sam(*, rho: Rho = 0.05) -> Rule:
 @dataclass(frozen=True)
 class _SAM(Rule):
     rho: float
+    passes: ClassVar[int] = 2
 
     def gradient(self, params: Tensor, state: State, step: Step) -> Gradient:
         here = yield at(params)

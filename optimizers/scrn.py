@@ -53,6 +53,10 @@ class _SCRN:
     scrn_tolerance: float
     scrn_stop: float
 
+    @property
+    def products(self) -> float:
+        return max(1, self.scrn_steps - 1)
+
     def needs_hessian(self, count: int) -> bool:
         return True
 

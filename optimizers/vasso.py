@@ -7,7 +7,7 @@ the same batch. theta = 1 is SAM. Source: Li and Giannakis 2023, eq. 7 and algor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ def vasso(
 class _VaSSO(Rule):
     rho: float
     theta: float
+    passes: ClassVar[int] = 2
 
     def init(self, params: Tensor) -> State:
         return {"ascent": torch.zeros_like(params), "steps": no_steps(params)}

@@ -326,8 +326,9 @@ def _shared(trial: Any) -> dict[str, Any]:
 
 
 def _varying(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the settings that rows which have them differ in; other plug-ins have other settings."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if len({json.dumps(row.get(name)) for row in rows}) > 1]
+    return [name for name in names if len({json.dumps(row[name]) for row in rows if name in row}) > 1]
 
 
 def _about(seconds: float | None) -> str:

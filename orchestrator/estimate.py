@@ -17,7 +17,7 @@ from flatmin.errors import RequestError
 from flatmin.trial import Trial
 
 STEP_SECONDS = 1.2e-3
-"""Time of a step that no arithmetic explains: launching operations, gathering the batch."""
+"""Time of a gradient that no arithmetic explains: launching operations, gathering the batch."""
 
 FLOPS = 8e9
 """Floating-point operations per second of one core on small matrices."""
@@ -48,10 +48,12 @@ def estimate(trials: Sequence[Trial]) -> Estimate:
     """Estimate what trials cost.
 
     Raises:
-        RequestError: A trial holds out so much for validation that nothing is left to train on.
+        RequestError: A trial cannot be trained: nothing is left after validation, or a batch cannot be split.
     """
     costs = program_costs([trial.program for trial in trials])
     for trial, cost in zip(trials, costs, strict=True):
+        if "refused" in cost:
+            raise RequestError(cost["refused"])
         if cost.get("train_size", 1) < 1:
             held_out = trial.program["val_size"]
             raise RequestError(
@@ -91,10 +93,10 @@ def program_costs(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def trial_seconds(trial: Trial, cost: Mapping[str, Any]) -> float:
     """Return the device seconds of a trial whose network costs that much."""
     epochs = max(model.settings["epochs"] for model in trial.models)
-    steps = epochs * math.ceil(cost["train_size"] / trial.program["batch_size"])
+    steps = epochs * math.ceil(cost["train_size"] / trial.program["batch_size"]) * cost["gradients"]
     work = len(trial.models) * cost["flops"]
     evaluations = epochs / trial.program["eval_every"] * (cost["train_size"] + cost["test_size"])
-    examples = 3 * epochs * cost["train_size"] + evaluations
+    examples = 3 * epochs * cost["train_size"] * cost["gradients"] + evaluations
     measuring = PASSES_PER_MEASURE * len(trial.measures) * cost["train_size"]
     seconds: float = steps * STEP_SECONDS + work * (examples + measuring) / FLOPS
     return seconds

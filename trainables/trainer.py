@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatmin.errors import FlatminError
+from flatmin.errors import RequestError
 from flatmin.optimizers.compose import StackOptimizer
-from flatmin.optimizers.interface import Step, answered
+from flatmin.optimizers.interface import Rule, Step, answered
 from flatmin.plugins import get
 from flatmin.stack import StackedNetwork, Streams, permutation, stream_key
 from flatmin.stack.network import Buffers
@@ -121,10 +121,7 @@ class StackTrainer:
         own = [model.settings for model in trial.models]
         self.optimizer = StackOptimizer(str(trial.program["optimizer"]), own, params)
         rule = self.optimizer.composed.rule
-        if rule.splits and rule.batches > self.recipes[0].batch_size:
-            raise FlatminError(
-                f"batch_size = {self.recipes[0].batch_size} cannot be split into {rule.batches} micro-batches"
-            )
+        check_split(rule, self.recipes[0].batch_size)
         self.step_size = self.recipes[0].batch_size * (1 if rule.splits else rule.batches)
         """Examples that a step takes of each model's training set."""
         self.outcomes = [Outcome() for _ in trial.models]
@@ -328,6 +325,16 @@ class StackTrainer:
         }
         outcome.params = now.params[row].detach().cpu().clone()
         outcome.buffers = {name: buffer[row].cpu().clone() for name, buffer in now.buffers.items()}
+
+
+def check_split(rule: Rule, batch_size: int) -> None:
+    """Check that a batch can be split as a rule wants it.
+
+    Raises:
+        RequestError: It has fewer examples than the rule has micro-batches.
+    """
+    if rule.splits and rule.batches > batch_size:
+        raise RequestError(f"batch_size = {batch_size} cannot be split into {rule.batches} micro-batches")
 
 
 def initial_stack(

@@ -180,6 +180,10 @@ def optimizer_parts(name: str) -> list[Plugin]:
         )
     if len(parts) > 1 and set(parts) <= {*bases, *rules}:
         _refuse_wrong_pair(parts, bases, plugins)
+    if parts[0] == "plain":
+        raise RequestError(
+            f"there is no optimizer '{name}': the plain gradient rule has no name; write the base alone, 'sgd'"
+        )
     names = optimizer_names()
     if name not in names:
         raise RequestError(f"there is no optimizer '{name}'.{nearest(name, names)}")

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from flatmin.orchestrator.launch import LaunchOptions, launch
+from flatmin.plugins import optimizer_names, optimizer_parts
 from flatmin.results import Results
 
 STUDY = """\
@@ -181,3 +182,43 @@ def test_a_second_driver_is_refused_while_the_first_one_lives(study: Path, tmp_p
         assert second.returncode == 2
         assert f"in use by process {first.pid}" in said
         finish(first)
+
+
+KILLED_ALWAYS = ("vasso-adam", "lpf-sgd", "adahessian")
+"""Optimizers with an average, a schedule of noise and a stored diagonal; the others take the slow tests' time."""
+
+OPTIMIZER_STUDY = """\
+study: optimizers
+settings:
+  dataset: digits
+  network: mlp
+  width: 8
+  optimizer: {optimizer}
+  batch_size: 100
+  epochs: {epochs}
+{extra}
+seeds: 2
+"""
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=[] if name in KILLED_ALWAYS else [pytest.mark.slow]) for name in optimizer_names()],
+)
+def test_every_optimizer_goes_on_bit_for_bit_after_sigkill(optimizer: str, tmp_path: Path) -> None:
+    """Averages, noise and its schedule, inner steps and stored diagonals are all in the checkpoint."""
+    own = {key for part in optimizer_parts(optimizer) for key in part.arguments}
+    wanted = {"lpf_increase": 5, "lpf_batches": 2, "lpf_gamma": 0.01, "hessian_every": 3, "scrn_penalty": 5}
+    extra = "\n".join(f"  {key}: {value}" for key, value in wanted.items() if key in own)
+    study = tmp_path / "study.yaml"
+    study.write_text(OPTIMIZER_STUDY.format(optimizer=optimizer, epochs=80, extra=extra))
+    launch(str(study), tmp_path / "undisturbed", options=LaunchOptions(inline=True))
+    command = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(study), "--inline"]
+    command += ["--results", str(tmp_path / "r"), "--checkpoint-every", "0.1s"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first, no_process_left(first):
+        wait_for(lambda: under_way(tmp_path / "r"), first)
+        first.kill()
+    assert under_way(tmp_path / "r")
+    finish(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    assert Results.open(tmp_path / "r").models()["execution"].str.contains('"resumed": true').all()
+    assert_same(tmp_path / "r", rows(tmp_path / "undisturbed"))
