@@ -181,15 +181,16 @@ class SecondOrderBase(Base, Protocol):
 
 def answered(rule: Generator[Ask, Evaluation, Returned], answer: Callable[[Ask], Evaluation]) -> Returned:
     """Return what a rule returns, answering each of its questions."""
-    try:
-        ask = next(rule)
-        while True:
-            found = answer(ask)
+    ask = next(rule)
+    while True:
+        found = answer(ask)
+        # the answer is outside of this: a StopIteration of its own is not the end of the rule
+        try:
             ask = rule.send(found)
-            del found.grad
-    except StopIteration as end:
-        returned: Returned = end.value
-        return returned
+        except StopIteration as end:
+            returned: Returned = end.value
+            return returned
+        del found.grad
 
 
 def averaged(ask: Ask, shares: Sequence[float], evaluate: Callable[[int], Evaluation]) -> Evaluation:

@@ -104,7 +104,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         param_group.update(own)
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
-            if not parameter.is_floating_point():
+            if parameter.requires_grad and not parameter.is_floating_point():
                 self.param_groups.pop()
                 raise RequestError(f"'{self.name}' takes real floating-point parameters, not {parameter.dtype}")
         self._stored_for = []
@@ -593,6 +593,8 @@ class _Work:
     def _flatten(self, grads: Sequence[Tensor | None], otherwise: str) -> Tensor:
         if all(grad is None for grad in grads):
             raise RequestError(f"no parameter has a gradient: {otherwise}")
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            raise RequestError(f"'{self.optimizer.name}' takes dense gradients; build the embedding with sparse=False")
         self.touched = [old or grad is not None for old, grad in zip(self.touched, grads, strict=True)]
         return torch.cat(
             [
