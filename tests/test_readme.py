@@ -90,7 +90,7 @@ def test_the_grown_grid_trains_the_new_models_alone(folder: Path) -> None:
 
 
 def test_python_example(folder: Path) -> None:
-    (example, _) = blocks("python")
+    (example, _, _) = blocks("python")
     (folder / "example.py").write_text(example)
     done = run("python example.py", folder)
     assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_optimizer_example_trains(folder: Path, tmp_path: Path) -> None:
     """The README's new optimizer, put into a copy of the package as the README says, trains and composes with SAM."""
     import shutil
 
-    (_, example) = blocks("python")
+    (_, _, example) = blocks("python")
     copy = tmp_path / "src" / "flatmin"
     shutil.copytree(ROOT / "src" / "flatmin", copy, symlinks=False)
     (copy / "optimizers" / "signsgd.py").write_text(example)
@@ -120,6 +120,48 @@ def test_optimizer_example_trains(folder: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_loop_example_trains_and_measures() -> None:
+    (_, example, _) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"lpf|lambda_max|hessian_trace\(metric=identity\)", done.stdout)
+
+
+def test_plug_in_examples_for_contributors_work_together(tmp_path: Path) -> None:
+    """Each file of CONTRIBUTING.md, put where it says, makes a study of new plug-ins alone."""
+    import shutil
+
+    copy = tmp_path / "src" / "flatmin"
+    shutil.copytree(ROOT / "src" / "flatmin", copy, symlinks=False)
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = {}
+    for section in re.split(r"^### ", text, flags=re.MULTILINE)[1:]:
+        (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        (name,) = re.findall(r"^def (\w+)\(", code, re.MULTILINE)
+        files[next(path for path in re.findall(r"`([\w/]+\.py)`", section) if path.endswith(f"/{name}.py"))] = code
+    assert len(files) == 4
+    for path, code in files.items():
+        assert not (copy / path).exists(), f"{path} is taken"
+        (copy / path).write_text(code)
+    (tmp_path / "study.yaml").write_text(
+        "study: new\nsettings: {dataset: wine, network: linear, optimizer: sam-signsgd, epochs: 5, batch_size: 20}\n"
+        "seeds: 2\nmeasures: [gradient_max]\n"
+    )
+    code = (
+        "import flatmin; flatmin.launch('study.yaml', 'r', [], flatmin.LaunchOptions(inline=True));"
+        "print(flatmin.Results.open('r').sharpness()['converged'].tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "[True, True]", done.stderr
 
 
 @pytest.mark.parametrize("command", MAKE, ids=" ".join)
