@@ -441,7 +441,7 @@ def test_sam_and_asam_equal_pytorch_optimizer(adaptive: bool, nesterov: bool) ->
         _backward(peers, x, y)
         theirs.step(partial(_backward, peers, x, y))
         mine_now, theirs_now = map(nn.utils.parameters_to_vector, (mine.parameters(), peers.parameters()))
-        torch.testing.assert_close(mine_now, theirs_now, rtol=0, atol=1e-8)  # theirs rounds the norm to float32
+        torch.testing.assert_close(mine_now, theirs_now, rtol=0, atol=1e-7)  # theirs rounds the norm to float32
     assert (mine_now - start).norm() > 1
 
 
