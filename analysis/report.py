@@ -21,6 +21,7 @@ def report(
     models: pd.DataFrame,
     epochs: pd.DataFrame | None = None,
     sharpness: pd.DataFrame | None = None,
+    spectra: pd.DataFrame | None = None,
     path: str | Path,
     target: str = "gen_gap",
     planned: int | None = None,
@@ -36,6 +37,7 @@ def report(
         models: Rows of the `models/` table.
         epochs: Rows of the `epochs/` table.
         sharpness: Rows of the `sharpness/` table.
+        spectra: Rows of the `spectra/` table: loss surfaces and spectral densities.
         path: The HTML file to write; an old one is replaced in one step.
         target: The column that measures are compared with.
         planned: How many models the study plans; None when unknown.
@@ -57,7 +59,7 @@ def report(
     epochs = pd.DataFrame() if epochs is None else epochs
     sharpness = pd.DataFrame() if sharpness is None else sharpness
     result, reason = _correlations(models, sharpness, target)
-    shown, left = sections.figures(models, epochs, sharpness, result, target=target)
+    shown, left = sections.figures(models, epochs, sharpness, result, target=target, spectra=spectra)
     facts = _execution(models)
     body = "\n".join(
         [

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from flatmin.analysis import frames, peak
+from flatmin.analysis import curves, frames, peak
 from flatmin.analysis.correlation import Correlations
-from flatmin.analysis.figures import against_axis, correlations, scatter, theme, training
+from flatmin.analysis.figures import against_axis, correlations, density, scatter, surface, theme, training
 
 MAIN_AXES = ("width", "label_noise", "data_noise")
 """The settings that a study most likely is about, in this order."""
 
 FEWEST_VALUES = 5
 """An axis with fewer values than this gives a table, not a curve."""
+
+MOST_LABELS = 4
+"""Measures of one kind of curve that are drawn; the others are named."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def figures(
     result: Correlations | None,
     *,
     target: str,
+    spectra: pd.DataFrame | None = None,
 ) -> tuple[list[Section], list[Left]]:
     """Make every figure that fits, in reading order.
 
@@ -102,6 +107,7 @@ def figures(
         sharpness: Rows of the `sharpness/` table; may be empty.
         result: The correlations, or None where there are none.
         target: The column that measures are compared with.
+        spectra: Rows of the `spectra/` table; None or empty leave its figures out without a word.
 
     Returns:
         The figures, and those left out with the reason.
@@ -112,6 +118,7 @@ def figures(
         ("Errors and measures against the main setting", lambda: _against(models, sharpness)),
         ("Measures against the gap", lambda: _scatter(models, sharpness, target)),
         ("Rank correlation", lambda: _correlations(result)),
+        *(_curves(spectra, models, target) if spectra is not None and len(spectra) else ()),
         ("Training curves", lambda: _training(epochs, models)),
     ]
     for heading, make in makers:
@@ -195,6 +202,68 @@ def _correlations(result: Correlations | None) -> Section | str:
         "pooled, so a setting that moves both the measure and the gap shows as correlation."
     )
     return Section("correlations", f"Rank correlation with {result.target}", caption, correlations.draw(data), data)
+
+
+def _curves(
+    spectra: pd.DataFrame, models: pd.DataFrame, target: str
+) -> Iterator[tuple[str, Callable[[], Section | str]]]:
+    """Yield a heading and the maker of a figure for every label of every kind of curve."""
+    kinds = ((surface.KIND, "Loss surface", _surface), (density.KIND, "Hessian spectral density", _density))
+    for kind, words, make in kinds:
+        rows = curves.of_kind(spectra, kind)
+        for number, label in enumerate(sorted(rows["label"].unique()), start=1):
+            name, heading, own = f"{kind.replace('_', '-')}-{number}", f"{words}: {label}", rows[rows["label"] == label]
+            if number <= MOST_LABELS:
+                yield heading, partial(make, name, heading, label, own, models, target)
+            else:
+                yield heading, partial(str, f"only the first {MOST_LABELS} measures of this kind are drawn.")
+
+
+def _surface(
+    name: str, heading: str, label: str, rows: pd.DataFrame, models: pd.DataFrame, target: str
+) -> Section | str:
+    data = surface.data(rows, models, label=label, target=target)
+    if data["value"].isna().all():
+        return "no model that counts has a finite one."
+    point, whats, look = (
+        ("w + x d", "d is", "Look for how wide the valley is, and whether its walls differ between the models.")
+        if data["y"].isna().all()
+        else ("w + x d1 + y d2", "d1 and d2 are", "White crosses: w. Look for how far the low region reaches.")
+    )
+    caption = (
+        f"{_representing(rows, models, data['model_id'].nunique(), target)} The loss of the training set (unless the "
+        f"label says another) at {point} around the trained weights w; what {whats}, the label says (random and "
+        f"filter-normalised by default). {look} A slice shows one or two of very many directions."
+    )
+    return Section(name, heading, caption, surface.draw(data), data)
+
+
+def _density(
+    name: str, heading: str, label: str, rows: pd.DataFrame, models: pd.DataFrame, target: str
+) -> Section | str:
+    axis = main_axis(models)
+    data = density.data(rows, models, label=label, axis=axis, target=target)
+    if not (data["density"] > 0).any():
+        return "no model that counts has one."
+    having = models["model_id"].isin(rows["model_id"].unique())
+    whose = (
+        f"{_filter(models[having])} Lines: mean {_pooled(models, (axis,))}.{_some_of(models, axis, density.MOST_LINES)}"
+        if axis
+        else _representing(rows, models, data["line"].nunique(), target)
+    )
+    caption = (
+        f"{whose} Density of the Hessian's eigenvalues, smoothed, on a logarithmic axis. Look for the bulk at zero, "
+        "for eigenvalues that stand apart from it on the right, and for negative ones."
+    )
+    return Section(name, heading, caption, density.draw(data), data)
+
+
+def _representing(rows: pd.DataFrame, models: pd.DataFrame, drawn: int, target: str) -> str:
+    """Say which models a figure of curves shows, and of how many."""
+    count = int((frames.kept(models) & models["model_id"].isin(rows["model_id"].unique())).sum())
+    if count <= drawn:
+        return f"All models that have it: n = {count}."
+    return f"Of n = {count} models that have it, those with the lowest, the median and the highest {target}."
 
 
 def _training(epochs: pd.DataFrame, models: pd.DataFrame) -> Section | str:

@@ -28,6 +28,7 @@ def write_report(results: str | Path, path: str | Path) -> Path:
         models=opened.models(),
         epochs=opened.epochs(),
         sharpness=opened.sharpness(),
+        spectra=opened.spectra(),
         path=path,
         planned=counts.planned,
         failed=counts.failed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -140,7 +140,7 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
     if isinstance(overrides, str):
         raise RequestError(f"overrides: {overrides!r} should be a list: [{overrides!r}]")
     path, source = find(name)
-    document = load(path, source)
+    document = _with_whole_labels(load(path, source))
     problems: list[str] = []
     file = _parse(document, problems)
     if file is None:
@@ -152,6 +152,35 @@ def read_study(name: str, overrides: Sequence[str] = ()) -> Study:
     if problems:
         raise StudyError(list(dict.fromkeys(problems)))
     return Study(file, tuple(expansion.models.values()), expansion.arguments, labels)
+
+
+def _with_whole_labels(document: Document) -> Document:
+    """Return a study in which measures such as `lpf(data=test, sigma=0.1)` are whole.
+
+    YAML cuts a list in brackets at every comma, those inside a label too.
+    """
+    pieces = document.data.get("measures") if isinstance(document.data, dict) else None
+    if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
+        return document
+    labels: list[str] = []
+    lines = {place: line for place, line in document.lines.items() if place[:1] != ("measures",) or len(place) < 2}
+    first = 0
+    while first < len(pieces):
+        last = _end_of_label(pieces, first)
+        lines["measures", len(labels)] = document.lines["measures", first]
+        labels.append(", ".join(pieces[first : last + 1]))
+        first = last + 1
+    return replace(document, data={**document.data, "measures": labels}, lines=lines)
+
+
+def _end_of_label(pieces: Sequence[str], first: int) -> int:
+    """Return the number of the piece that closes the brackets of piece `first`; its own where none does."""
+    depth = 0
+    for number, piece in enumerate(pieces[first:], start=first):
+        depth += piece.count("(") - piece.count(")")
+        if depth <= 0:
+            return number
+    return first
 
 
 @dataclass

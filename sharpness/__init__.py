@@ -14,7 +14,7 @@ from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.estimate import Curve, Estimate
 from flatmin.sharpness.measuring import Measured, measure_all, measure_stack
 from flatmin.sharpness.metric import Metric, scale
-from flatmin.sharpness.module import curves, measure
+from flatmin.sharpness.module import curves, measure, surface_between
 
 __all__ = [
     "Curve",
@@ -27,4 +27,5 @@ __all__ = [
     "measure_all",
     "measure_stack",
     "scale",
+    "surface_between",
 ]

@@ -40,6 +40,8 @@ plenty."""
 _SAVED_PER_ACTIVATION = 8
 _LEAST_GRAPH_BYTES = 2**28
 _VECTORS_PER_GROUP = 128
+_VECTORS_PER_GRAPH, _COPIES = 8, 8
+"""Vectors that share a graph which is built anew, and how many tensors as large as they are a caller holds."""
 
 ExampleFunction = Callable[[Tensor, Tensor], Tensor]
 """`function(outputs, targets)` takes outputs `[n, ...]` and targets `[n, ...]` and returns `[n]` or `[n, q]`."""
@@ -174,16 +176,21 @@ class Engine:
         other._begin()
         return other
 
-    def groups(self, count: int) -> Iterator[Engine]:
+    def groups(self, count: int, wanted: range | None = None) -> Iterator[Engine]:
         """Yield engines on disjoint groups of the examples, `count` groups in all, each of n // count examples.
 
         An engine holds g groups as g K models, model k of group j in row j K + k: as many at once as their
         Krylov spaces fit in memory.
+
+        Args:
+            count: How many groups there are.
+            wanted: The consecutive groups that are asked for; all of them by default.
         """
         size, every = self.n_examples // count, torch.arange(len(self), device=self.device)
         numbers = torch.arange(count * size, device=self.device).reshape(count, 1, size).expand(-1, len(self), -1)
-        for first, number in pieces(count, self.memory // (8 * len(self) * self.n_params * _VECTORS_PER_GROUP)):
-            each = [take(self.batches, index, alike=True) for index in numbers[first : first + number]]
+        chosen = numbers if wanted is None else numbers[wanted.start : wanted.stop]
+        for first, number in pieces(len(chosen), self.memory // (8 * len(self) * self.n_params * _VECTORS_PER_GROUP)):
+            each = [take(self.batches, index, alike=True) for index in chosen[first : first + number]]
             yield self._of_rows(every.repeat(number), [side_by_side(each)])
 
     def initial_weights(self) -> Tensor:
@@ -244,6 +251,27 @@ class Engine:
         """Return the gradient of every model's mean loss at its weights, float64 `[K, d]`."""
         made: Tensor = self.shared("gradient", self._gradient)
         return made
+
+    def gradient_at(self, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every model's mean loss at w + displacement and its gradient there, float64 `[K]` and `[K, d]`.
+
+        Costs a gradient. Nothing is kept, so that a climb of many steps needs no more memory than one.
+
+        Args:
+            displacement: `[K, d]`.
+        """
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.device)
+        result = torch.zeros(self.params.shape, dtype=torch.float64, device=self.device)
+        for index in torch.split(self._chosen(None), self._rows):
+            at = (self.params[index] + displacement[index].double()).to(self.params.dtype)
+            for batch in self.batches:
+                with torch.enable_grad():
+                    at.requires_grad_()
+                    losses = self._sum_of_losses(at, index, batch)
+                    (grad,) = torch.autograd.grad(losses.sum(), at)
+                total[index] += losses.detach()
+                result[index] += grad
+        return total / self.n_examples, result / self.n_examples
 
     def hvp(self, v: Tensor, active: Tensor | None = None) -> Tensor:
         """Return the Hessian of every model's mean loss times a vector, float64 `[K, d]`.
@@ -356,9 +384,14 @@ class Engine:
         return drawn.reshape(count, len(self), self.n_params)
 
     def portions(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Cut `count` vectors per model, from number `first` on, into (first, count) that fit in memory."""
-        room = _VECTOR_BYTES.get(self.device.type, _DEVICE_BYTES)
-        most = max(1, room // (8 * len(self) * self.n_params))
+        """Cut `count` vectors per model, from number `first` on, into (first, count) that fit in memory.
+
+        Where graphs are not kept, several go together even if they leave the cache: they share a graph in `hvps`.
+        """
+        room, size = _VECTOR_BYTES.get(self.device.type, _DEVICE_BYTES), 8 * len(self) * self.n_params
+        most = max(1, room // size)
+        if not self._keeps_graphs:
+            most = max(most, min(_VECTORS_PER_GRAPH, self.memory // (_COPIES * size)))
         for start in range(first, first + count, most):
             yield start, min(most, first + count - start)
 

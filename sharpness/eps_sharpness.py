@@ -10,7 +10,7 @@ above: t starts at half of what the quadratic model of the loss along n predicts
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import elementwise
 from torch import Tensor
 
-from flatmin.settings import Setting
-from flatmin.sharpness.arguments import MetricChoice, Tolerance
+from flatmin.sharpness.arguments import Epsilon, MetricChoice, Tolerance
 from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate
 
@@ -35,7 +34,7 @@ _TOO_FAR = 1e3
 def eps_sharpness(
     engine: Engine,
     *,
-    epsilon: Annotated[float, Setting(about="Rise of the loss that is looked for.", unit="nats", gt=0)] = 0.1,
+    epsilon: Epsilon = 0.1,
     metric: MetricChoice = "filter",
     tolerance: Tolerance = 0.001,
 ) -> Estimate:

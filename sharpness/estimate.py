@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FEWEST = 16
+FEWEST = 16
+"""Samples that every mean takes first."""
+
 _ROUND = 8
 
 
@@ -80,6 +82,10 @@ Draw = Callable[[int, int, Tensor], Tensor]
 K]`; those of models that are not active, bool `[K]`, may be anything."""
 
 
+Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`function(mean, stderr)` returns a function of a mean and its standard error (delta method), each `[K]`."""
+
+
 @dataclass(frozen=True)
 class Control:
     """A control variate: numbers of mean zero that vary with the samples, and what it costs to have them.
@@ -98,7 +104,7 @@ class Mean:
     """The result of `sample_mean`, each `[K]`; the meanings are those of `Estimate`.
 
     Attributes:
-        value: offset + mean.
+        value: offset + mean, or the function of it that was asked for.
         stderr: Its standard error.
         samples: Samples taken.
         converged: Whether the tolerance was met.
@@ -120,6 +126,7 @@ def sample_mean(
     max_samples: int,
     offset: Tensor | None = None,
     control: Control | None = None,
+    function: Function | None = None,
 ) -> Mean:
     """Average samples until each model's relative standard error is below the tolerance.
 
@@ -134,6 +141,7 @@ def sample_mean(
         max_samples: The most samples per model.
         offset: A known part of the value, float64 `[K]`: the value is offset + mean.
         control: A control variate to reduce the variance with.
+        function: What the value is of offset + mean; that itself by default. The tolerance is that of the value.
     """
     known = torch.zeros(models, dtype=torch.float64) if offset is None else offset.cpu()
     ys = torch.full((max_samples, models), math.nan, dtype=torch.float64)
@@ -143,16 +151,19 @@ def sample_mean(
     converged, controlled = (torch.zeros(models, dtype=torch.bool) for _ in range(2))
     active, done = known.isfinite(), 0
     while done < max_samples and bool(active.any()):
-        new = slice(done, min(done + (_ROUND if done >= _FEWEST else _FEWEST), max_samples))
+        new = slice(done, min(done + (_ROUND if done >= FEWEST else FEWEST), max_samples))
         ys[new] = draw(new.start, new.stop - new.start, active).cpu()
         _add_controls(xs, new, control, controlled & active)
         done = new.stop
-        mean, error = _controlled_mean(ys[:done], xs[:done])
-        value, stderr = torch.where(active, known + mean, value), torch.where(active, error, stderr)
+        mean, error = controlled_mean(ys[:done], xs[:done])
+        mean = known + mean
+        if function is not None:
+            mean, error = function(mean, error)
+        value, stderr = torch.where(active, mean, value), torch.where(active, error, stderr)
         samples = torch.where(active, done, samples)
-        converged |= active & (stderr <= tolerance * value.abs()) & (done >= _FEWEST)
+        converged |= active & (stderr <= tolerance * value.abs()) & (done >= FEWEST)
         active = active & ~converged & value.isfinite()
-        if control is not None and done == _FEWEST:
+        if control is not None and done == FEWEST:
             needed = done * (stderr / (tolerance * value)).square()
             controlled = active & (needed.clamp(max=max_samples) - done > control.price)
             _add_controls(xs, slice(0, done), control, controlled)
@@ -172,7 +183,7 @@ def _add_controls(xs: Tensor, rows: slice, control: Control | None, controlled: 
         xs[rows] = torch.where(controlled, drawn, xs[rows])
 
 
-def _controlled_mean(ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
+def controlled_mean(ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of y and its standard error, `[K]`, given samples `[n, K]` and controls of mean zero.
 
     Each sample is corrected by a slope that is fitted to the others, so that the mean stays unbiased; without

@@ -34,7 +34,8 @@ def lambda_max(
     `stderr` is the residual bound, not a statistical error: an eigenvalue lies within it of the value, for
     certain. The value is a Ritz value, so it is never above the largest eigenvalue, and once converged its
     error is of the order of stderr^2 / (gap to the next eigenvalue). The bound speaks of some eigenvalue; that it
-    is the largest is likely after 16 steps from a random start, and not certain.
+    is the largest is likely after 16 steps from a random start, and not certain: for eigenvalues 0.5, 0.4, 0.2 and less
+    beside others down to -100, one of 100 starts rested on 0.4 at a tolerance of 0.05, and none at 0.005.
 
     Args:
         engine: The models.

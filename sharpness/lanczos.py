@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.metric import Metric
@@ -26,13 +27,14 @@ class Krylov:
     Args:
         engine: The models.
         metric: The metric whose D H D is tridiagonalised.
+        start: The number of the random start vector.
     """
 
-    def __init__(self, engine: Engine, metric: Metric) -> None:
+    def __init__(self, engine: Engine, metric: Metric, start: int = 0) -> None:
         self.engine = engine
         self.d = engine.scale(metric)
         models, device = len(engine), engine.device
-        self.capacity = max(2, engine.memory // (8 * models * engine.n_params))
+        self.capacity = krylov_capacity(engine)
         """The most vectors per model that fit in the engine's memory."""
         self.lengths = torch.zeros(models, dtype=torch.int64, device=device)
         """How many vectors each model has, `[K]`."""
@@ -41,8 +43,8 @@ class Krylov:
         self.alpha = torch.zeros(models, 0, dtype=torch.float64, device=device)
         self.beta = self.alpha
         self._blocks: list[Tensor] = []
-        start = engine.vectors("normal", "lanczos", 0, 1)[0]
-        self._next = start / start.norm(dim=1, keepdim=True)
+        first = engine.vectors("normal", "lanczos", start, 1)[0]
+        self._next = first / first.norm(dim=1, keepdim=True)
 
     def grow(self, length: int, active: Tensor) -> None:
         """Grow the spaces of active models, bool `[K]`, to a length that `capacity` allows."""
@@ -64,11 +66,37 @@ class Krylov:
         for size in sorted(set(own[sound].tolist())):
             rows = torch.nonzero(sound & (own == size)).flatten()
             alpha, beta = self.alpha[rows, :size], self.beta[rows, :size]
-            beside = beta[:, :-1]
-            t = torch.diag_embed(alpha) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-            theta, s = torch.linalg.eigh(t)
+            theta, s = ritz(alpha, beta)
             value[rows], residual[rows] = theta[:, -1], beta[:, -1] * s[:, -1, -1].abs()
         return value, residual
+
+    def leading(self, length: int, count: int, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the largest Ritz values and their residual bounds `[count, K]`, and unit vectors `[count, K, d]`.
+
+        As in `top`; the vectors are those of D H D, largest value first, each with a positive largest component. A
+        space that is too short for a value has 0 and a vector of zeros there.
+        """
+        value, residual = (torch.full((count, len(self.d)), torch.nan).to(self.d) for _ in range(2))
+        vectors = torch.zeros(count, *self.d.shape).to(self.d)
+        own = self.lengths.clamp(max=length)
+        sound = active & (own > 0) & self.alpha.isfinite().all(dim=1) & self.beta.isfinite().all(dim=1)
+        for size in sorted(set(own[sound].tolist())):
+            rows, number = torch.nonzero(sound & (own == size)).flatten(), min(count, size)
+            alpha, beta = self.alpha[rows, :size], self.beta[rows, :size]
+            theta, s = (part.flip(-1)[..., :number] for part in ritz(alpha, beta))
+            value[:, rows], residual[:, rows] = 0.0, 0.0
+            value[:number, rows], residual[:number, rows] = theta.T, (beta[:, -1:] * s[:, -1].abs()).T
+            for first, block in zip(range(0, size, _BLOCK), self._blocks, strict=False):
+                q = block[rows, : size - first]
+                part = torch.einsum("kms,kmd->skd", s[:, first : first + q.shape[1]], q)
+                vectors[:number, rows] += part
+        biggest = vectors.gather(2, vectors.abs().argmax(dim=2, keepdim=True))
+        return value, residual, torch.where(biggest < 0, -vectors, vectors)
+
+    def coefficients(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return alpha and beta of the first `length` vectors, float64 `[K, length]`; 0 where a space ended earlier."""
+        missing = max(0, length - self.alpha.shape[1])
+        return pad(self.alpha, (0, missing))[:, :length], pad(self.beta, (0, missing))[:, :length]
 
     def trace(self, length: int) -> Tensor:
         """Return the trace of D H D within the first `length` vectors of every model, float64 `[K]`."""
@@ -77,8 +105,8 @@ class Krylov:
     def deflate(self, vectors: Tensor, length: int) -> Tensor:
         """Return vectors `[S, K, d]` without their part in the first `length` vectors of every model."""
         z = vectors.transpose(0, 1)
-        for number in range(-(-length // _BLOCK)):
-            q = self._blocks[number][:, : length - number * _BLOCK]
+        for number, block in enumerate(self._blocks[: -(-length // _BLOCK)]):
+            q = block[:, : length - number * _BLOCK]
             z = z - (z @ q.mT) @ q
         return z.transpose(0, 1)
 
@@ -86,6 +114,7 @@ class Krylov:
         """Return z^T D H D z for the part of z `[S, K, d]` in the first `length` vectors, `[S, K]`."""
         z = vectors.transpose(0, 1)
         c = torch.cat([z @ block.mT for block in self._blocks], dim=2)[:, :, :length]
+        length = c.shape[2]
         across = 2 * (self.beta[:, None, : length - 1] * c[:, :, :-1] * c[:, :, 1:]).sum(dim=2)
         return ((self.alpha[:, None, :length] * c.square()).sum(dim=2) + across).T
 
@@ -125,6 +154,25 @@ class Krylov:
         for number, block in enumerate(self._blocks):
             here = torch.nonzero(growing & (self.lengths // _BLOCK == number)).flatten()
             block[here, self.lengths[here] % _BLOCK] = self._next[here]
+
+
+def ritz(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues `[..., m]`, ascending, and eigenvectors `[..., m, m]` of tridiagonal matrices.
+
+    Args:
+        alpha: Their diagonals `[..., m]`.
+        beta: What is beside them, `[..., m]`, of which the last is not used. Where a matrix is not finite, all is NaN.
+    """
+    beside = beta[..., :-1]
+    t = torch.diag_embed(alpha) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    sound = t.isfinite().flatten(-2).all(dim=-1)
+    theta, s = torch.linalg.eigh(torch.where(sound[..., None, None], t, 0.0))
+    return torch.where(sound[..., None], theta, torch.nan), torch.where(sound[..., None, None], s, torch.nan)
+
+
+def krylov_capacity(engine: Engine) -> int:
+    """Return how many vectors per model of a Krylov space fit in the engine's memory, two at least."""
+    return max(2, engine.memory // (8 * len(engine) * engine.n_params))
 
 
 def krylov(engine: Engine, metric: Metric) -> Krylov:

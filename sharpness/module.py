@@ -1,7 +1,8 @@
-"""Measures of anybody's module, without a study: `flatmin.sharpness.measure`."""
+"""Measures of anybody's modules, without a study: `flatmin.sharpness.measure`."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,6 +96,90 @@ def curves(
     return pd.DataFrame(points, columns=["kind", "settings", "x", "y", "value"])
 
 
+def surface_between(
+    first: nn.Module,
+    second: nn.Module,
+    loss: Loss,
+    data: Data,
+    *,
+    points: int = 21,
+    reach: float = 0.5,
+    memory: int = 2**31,
+    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+) -> pd.DataFrame:
+    """Return the loss along the straight line between two models of one network, at (1 - x) first + x second.
+
+    A bump between 0 and 1 is the barrier between two minima (Frankle et al. 2020). BatchNorm's running statistics go
+    from one model's to the other's in the same way, and stay at the nearer model's beyond both. Models and data are
+    left as they were; `loss` and `data` are as `measure` takes them.
+
+    Args:
+        first: The model at x = 0.
+        second: The model at x = 1.
+        loss: As for `measure`.
+        data: As for `measure`.
+        points: How many losses, evenly spread.
+        reach: How far to go on beyond both models, in their distance.
+        memory: Bytes that the weights of the models under way may take.
+        vectorize: As for `measure`.
+
+    Returns:
+        One row per point with the columns kind (`surface`), settings (JSON), x, y (null) and value (the loss), as in
+        the table `spectra/`.
+
+    Raises:
+        RequestError: The two are not of one network, or the examples are none.
+        FlatminError: The network or the loss cannot be measured; the message says why.
+    """
+    if next(first.parameters(), None) is None:
+        raise RequestError("the network has no parameters, so there is no line between two of it")
+    device = next(first.parameters()).device
+    with _undisturbed(device):
+        network = StackedNetwork(first, vectorize)
+        start, near = StackedNetwork.stack([first])
+        end, far = _flat(second, network, "second").to(device)[None], _buffers(second, near, device)
+        batches = _batches(data, device)
+        x, values = torch.linspace(-reach, 1.0 + reach, points, dtype=torch.float64, device=device), []
+        for part in torch.split(x, max(1, memory // (start.element_size() * network.n_params))):
+            inside = part.clamp(0.0, 1.0)
+            engine = Engine(
+                network,
+                _between(start, end, part),
+                {name: _between(buffer, far[name], inside) for name, buffer in near.items()},
+                [Batch(batch.x, batch.y.expand(len(part), *batch.y.shape[1:]), shared=True) for batch in batches],
+                torch.zeros(len(part), dtype=torch.int64, device=device),
+                loss=per_example(loss),
+                memory=memory,
+            )
+            _check_loss(engine, loss)
+            values.append(engine.losses())
+    settings = json.dumps({"directions": "between", "label": "between", "reach": reach}, sort_keys=True)
+    found = {"kind": "surface", "settings": settings, "x": x.tolist(), "y": None, "value": torch.cat(values).tolist()}
+    return pd.DataFrame(found)
+
+
+def _between(near: Tensor, far: Tensor, x: Tensor) -> Tensor:
+    """Return tensors `[P, ...]` at x `[P]` on the line from `near` to `far`, each `[1, ...]`."""
+    if not near.is_floating_point():
+        return near.expand(len(x), *near.shape[1:])
+    along = x.reshape(-1, *[1] * (near.dim() - 1))
+    return (near.double() * (1.0 - along) + far.double() * along).to(near.dtype)
+
+
+def _buffers(model: nn.Module, like: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return what a model has under the names of stacked buffers `[1, ...]`, stacked.
+
+    Raises:
+        RequestError: It has something else, or nothing.
+    """
+    own, result = {**dict(model.named_parameters()), **dict(model.named_buffers())}, {}
+    for name, buffer in like.items():
+        if name not in own or own[name].shape != buffer.shape[1:]:
+            raise RequestError(f"second: the buffer '{name}' is missing, or is not of the first model's shape")
+        result[name] = own[name].detach().to(device)[None]
+    return result
+
+
 def _measured(
     model: nn.Module,
     loss: Loss,
@@ -114,7 +199,6 @@ def _measured(
     with _undisturbed(first.device):
         network = StackedNetwork(model, vectorize)
         params, buffers = StackedNetwork.stack([model])
-        single = per_example(loss)
         engine = Engine(
             network,
             params,
@@ -122,15 +206,25 @@ def _measured(
             _batches(data, first.device),
             torch.tensor([stream_key("measure", seed)], device=first.device),
             initial=None if initial is None else _flat(initial, network).to(first.device)[None],
-            loss=single,
+            loss=per_example(loss),
             sets={name: _batches(own, first.device) for name, own in (sets or {}).items()},
             memory=memory,
         )
-        if not isinstance(loss, str):
-            some = engine.batches[0]
-            outputs = network.logits(engine.params, engine.buffers, some).detach()[0]
-            check_mean(loss, single, outputs, some.y[0])
+        _check_loss(engine, loss)
         return measure_all(engine, measures)
+
+
+def _check_loss(engine: Engine, loss: Loss) -> None:
+    """Refuse a loss that is no mean over examples; a named one is.
+
+    Raises:
+        RequestError: It is not.
+    """
+    if not isinstance(loss, str):
+        one = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        some, buffers = engine.batches[0].select(one), {name: buffer[:1] for name, buffer in engine.buffers.items()}
+        outputs = engine.network.logits(engine.params[:1], buffers, some).detach()[0]
+        check_mean(loss, engine.loss, outputs, some.y[0])
 
 
 def _batches(data: Data, device: torch.device) -> list[Batch]:
@@ -157,17 +251,17 @@ def _batches(data: Data, device: torch.device) -> list[Batch]:
     return batches
 
 
-def _flat(initial: nn.Module | Mapping[str, Tensor], network: StackedNetwork) -> Tensor:
-    """Return initial weights as `[d]`.
+def _flat(given: nn.Module | Mapping[str, Tensor], network: StackedNetwork, what: str = "initial") -> Tensor:
+    """Return weights as `[d]`; `what` is their name in messages.
 
     Raises:
         RequestError: They are not of this network.
     """
-    named = dict(initial.named_parameters()) if isinstance(initial, nn.Module) else initial
+    named = dict(given.named_parameters()) if isinstance(given, nn.Module) else given
     for name, shape in zip(network.names, network.shapes, strict=True):
         if name not in named or tuple(named[name].shape) != shape:
             got = f"has the shape {list(named[name].shape)}" if name in named else "is missing"
-            raise RequestError(f"initial: the parameter '{name}' {got}; the model's has {list(shape)}")
+            raise RequestError(f"{what}: the parameter '{name}' {got}; the model's has {list(shape)}")
     return torch.cat([named[name].detach().reshape(-1) for name in network.names])
 
 

@@ -81,6 +81,28 @@ def test_a_model_or_measure_written_twice_counts_once(results: Results) -> None:
     assert len(results.sharpness()) == 1
 
 
+def points(trial: str, values: list[float], *, kind: str = "surface", model: str = "a") -> list[dict[str, Any]]:
+    row = {"model_id": model, "trial_id": trial, "epoch": 1, "kind": kind, "settings": "{}"}
+    return [{**row, "x": float(x), "y": None, "value": value} for x, value in enumerate(values)]
+
+
+def test_curves_count_once_and_with_their_commit(results: Results) -> None:
+    results.write("models", "t1", [model_row("a", "t1")])
+    results.write("spectra", "t1", [*points("t1", [1.0, 1.0, 2.0]), *points("t1", [7.0], kind="fourier")])
+    results.write("spectra", "t1-more", [*points("t1", [8.0, 9.0, 9.0, 9.0]), *points("t1", [5.0], kind="density")])
+    results.write("spectra", "t2", points("t2", [3.0], model="b"))
+    results.write("spectra", "t0", points("t0", [4.0, 4.0]))
+    frame = results.spectra()
+    found = [(row.model_id, row.kind, row.x, row.value) for row in frame.itertuples()]
+    surface = [("a", "surface", float(x), value) for x, value in enumerate([8.0, 9.0, 9.0, 9.0])]
+    assert sorted(found) == sorted([*surface, ("a", "fourier", 0.0, 7.0), ("a", "density", 0.0, 5.0)])
+    assert list(frame.columns) == fixed_columns("spectra")
+
+
+def test_no_curves_have_their_columns_all_the_same(results: Results) -> None:
+    assert list(results.spectra().columns) == fixed_columns("spectra")
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     write_atomically(file, b"old")

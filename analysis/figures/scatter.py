@@ -77,7 +77,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
         cols=columns,
         shared_yaxes=True,
         horizontal_spacing=0.05,
-        vertical_spacing=min(0.16, 0.5 / rows),
+        vertical_spacing=min(0.16, 75 / (290 * rows)),
         subplot_titles=[html.escape(name) for name in names],
     )
     for place, name in enumerate(names):

@@ -152,13 +152,17 @@ class Results:
         return sum(1 for _ in (self.path / "failures").glob(f"{trial_id}-*.parquet"))
 
     def read(self, table: str) -> pa.Table:
-        """Return every readable row of a table, committed or not, unreadable files left out with a warning."""
+        """Return every readable row of a table, committed or not, unreadable files left out with a warning.
+
+        Of a curve that lies in several files of `spectra`, the first file's points are taken: points of two would mix.
+        """
         parts, bad = self._scan(table)
         for file, error in bad:
             warnings.warn(f"{file} cannot be read and is left out: {error}", CorruptFileWarning, stacklevel=3)
         if not parts:
             return schema(table).empty_table()
-        return pa.concat_tables(parts.values(), promote_options="permissive")
+        rows = list(parts.values())
+        return pa.concat_tables(_first_curves(rows) if table == "spectra" else rows, promote_options="permissive")
 
     def table(self, table: str) -> pa.Table:
         """Return the rows of a table that count: those of committed models, each once."""
@@ -182,6 +186,10 @@ class Results:
     def sharpness(self) -> pd.DataFrame:
         """Return the measures of the trained models."""
         return _frame(self.table("sharpness"))
+
+    def spectra(self) -> pd.DataFrame:
+        """Return the points of the curves and surfaces of the trained models."""
+        return _frame(self.table("spectra"))
 
     def plan(self) -> pd.DataFrame:
         """Return the planned models, one row each."""
@@ -231,6 +239,19 @@ def _first_of_each(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
     numbered = rows.select(list(keys)).append_column("row", pa.array(range(len(rows)), pa.int64()))
     first = numbered.group_by(list(keys), use_threads=False).aggregate([("row", "min")])["row_min"]
     return rows.take(first)
+
+
+def _first_curves(files: Sequence[pa.Table]) -> list[pa.Table]:
+    """Return the rows of files of `spectra`, less those of curves that an earlier file has."""
+    kept, seen = [], set[str]()
+    for rows in files:
+        epochs = rows["epoch"].cast(pa.string()).fill_null("")
+        names = [rows[name].fill_null("") for name in ("model_id", "trial_id", "kind", "settings")]
+        key = pc.binary_join_element_wise(*names, epochs, "/")
+        new = set(pc.unique(key).to_pylist()) - seen
+        kept.append(rows.filter(pc.is_in(key, value_set=pa.array(sorted(new), pa.string()))))
+        seen |= new
+    return kept
 
 
 def _joint_key(rows: pa.Table) -> pa.ChunkedArray:

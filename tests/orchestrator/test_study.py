@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flatmin.errors import RequestError, StudyError
 from flatmin.orchestrator.study import builtin_names, read_study
@@ -106,6 +107,32 @@ def test_a_study_may_be_launched_without_measures(write_study: Write) -> None:
     text = write_study().read_text() + "measures: [lpf]\n"
     for override in ("measures=none", "measures="):
         assert read_study(str(write_study(text)), [override]).measures == ()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "measures: [lpf(data=test, sigma=0.1), lambda_max, lpf]",
+        "measures: ['lpf(data=test, sigma=0.1)', lambda_max, lpf]",
+        "measures:\n  - lpf( sigma=0.1,data=test )\n  - lambda_max\n  - lpf",
+        "measures: [lpf(data=test,\n    sigma=0.1), lambda_max,\n    lpf]",
+    ],
+)
+def test_a_label_in_a_yaml_list_stays_whole(write_study: Write, written: str) -> None:
+    """YAML cuts `[lpf(data=test, sigma=0.1)]` into two texts."""
+    study = read_study(str(write_study(write_study().read_text() + written + "\n")))
+    assert study.measures == ("lpf(data=test, sigma=0.1)", "lambda_max", "lpf")
+    assert yaml.safe_load(study.to_yaml())["measures"][1:] == ["lambda_max", "lpf"]
+
+
+def test_a_label_that_never_ends_swallows_no_other(write_study: Write) -> None:
+    text = write_study().read_text() + "measures: [lpf(sigma=0.1,\n  lpf(data=test, sigma=0.1), lpf(sigma=0.1, lpff]\n"
+    told = problems(write_study(text))
+    assert [line for line in told if "measures" in line] == [
+        "FILE:8: measures.0: 'lpf(sigma=0.1' is not a measure; write `lpf` or `lpf(sigma=0.002)`",
+        "FILE:9: measures.2: 'lpf(sigma=0.1' is not a measure; write `lpf` or `lpf(sigma=0.002)`",
+        "FILE:9: measures.3: there is no measure 'lpff'. Did you mean 'lpf'?",
+    ]
 
 
 def test_a_setting_only_some_plugins_take_makes_no_double(write_study: Write) -> None:

@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call, grad
 
-from flatmin.sharpness import Engine
+from flatmin.sharpness import Engine, Estimate
 from flatmin.stack import Batch, StackedNetwork
 
 CLASSES = 3
@@ -138,5 +139,39 @@ def repeated() -> Callable[[int], Problem]:
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         return Problem([module] * copies, one.x, one.y.expand(copies, -1), torch.arange(copies))
+
+    return make
+
+
+@pytest.fixture
+def coverage() -> Callable[[Estimate, float], float]:
+    """Return how often the 95 % interval (Student's, at the mean sample size) of an estimate holds the truth."""
+
+    def share(estimate: Estimate, truth: float) -> float:
+        quantile = student.ppf(0.975, estimate.samples.double().mean().item() - 1)
+        inside = (estimate.value - truth).abs() <= float(quantile) * estimate.stderr
+        return float(inside.double().mean())
+
+    return share
+
+
+@pytest.fixture
+def with_spectrum() -> Callable[..., Engine]:
+    """Return a maker of engines whose Hessian has given eigenvalues, and eigenvectors at random."""
+
+    def make(eigenvalues: Tensor, copies: int, memory: int = 2**31) -> Engine:
+        d = len(eigenvalues)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            vectors = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+            module = nn.Linear(d, 1, bias=False).double()
+        params, _ = StackedNetwork.stack([module] * copies)
+        batch = Batch(d**0.5 * vectors.T, eigenvalues.double().expand(copies, -1), shared=True)
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            return 0.5 * targets * outputs[:, 0].square()
+
+        keys = torch.arange(copies) + 7
+        return Engine(StackedNetwork(module), params, {}, [batch], keys, loss=loss, memory=memory)
 
     return make

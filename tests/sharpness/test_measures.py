@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import brentq
-from scipy.stats import t as student
 from torch import Tensor, nn
 
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.eps_sharpness import eps_sharpness
-from flatmin.sharpness.estimate import Estimate
 from flatmin.sharpness.hessian_trace import hessian_trace
 from flatmin.sharpness.lambda_max import lambda_max
 from flatmin.sharpness.lpf import lpf
@@ -26,13 +24,6 @@ def scaled_hessian(problem: Any, engine: Engine, metric: Any, k: int) -> Tensor:
     d = engine.scale(metric)[k]
     result: Tensor = d[:, None] * problem.hessian(k) * d
     return result
-
-
-def coverage(estimate: Estimate, truth: float) -> float:
-    """Return how often the 95 % interval (Student's, at the mean sample size) holds the truth."""
-    quantile = student.ppf(0.975, estimate.samples.double().mean().item() - 1)
-    inside = (estimate.value - truth).abs() <= float(quantile) * estimate.stderr
-    return float(inside.double().mean())
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -95,7 +86,9 @@ def test_the_trace_of_few_weights_is_exact(problem: Any, metric: Any) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [1e-9, 0.03], ids=["all samples", "until the tolerance"])
-def test_the_trace_is_unbiased_and_its_interval_covers(repeated: Callable[[int], Any], tolerance: float) -> None:
+def test_the_trace_is_unbiased_and_its_interval_covers(
+    repeated: Callable[[int], Any], coverage: Any, tolerance: float
+) -> None:
     problem = repeated(500)
     engine = problem.engine()
     truth = scaled_hessian(problem, engine, "filter", 0).trace().item()
@@ -116,7 +109,7 @@ def test_the_trace_deflates_what_is_large(repeated: Callable[[int], Any]) -> Non
     assert hessian_trace(engine, tolerance=1e-9, max_samples=products).value.std().item() < 0.6 * plain
 
 
-def test_lpf_is_half_the_trace_at_a_small_sigma(repeated: Callable[[int], Any]) -> None:
+def test_lpf_is_half_the_trace_at_a_small_sigma(repeated: Callable[[int], Any], coverage: Any) -> None:
     problem, sigma = repeated(500), 0.02
     engine = problem.engine()
     rise = 0.5 * sigma**2 * scaled_hessian(problem, engine, "filter", 0).trace().item()
@@ -128,7 +121,7 @@ def test_lpf_is_half_the_trace_at_a_small_sigma(repeated: Callable[[int], Any]) 
     assert 0.90 <= coverage(estimate, truth) <= 0.99
 
 
-def test_lpf_with_its_control_is_unbiased_and_covers(repeated: Callable[[int], Any]) -> None:
+def test_lpf_with_its_control_is_unbiased_and_covers(repeated: Callable[[int], Any], coverage: Any) -> None:
     problem, sigma, tolerance = repeated(400), 0.03, 0.005
     engine = problem.engine()
     noise = sigma * engine.scale("filter") * engine.vectors("normal", "another stream", 0, 200)

@@ -1,0 +1,33 @@
+"""A random number: what a measure that knows nothing looks like in a correlation study.
+
+random ~ N(0, 1), a pure number, drawn from the model's own stream: it costs nothing, repeats itself, and has no
+relation to the model. Where a study finds that other measures correlate with generalisation hardly better than this
+one, they do not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.func import vmap
+
+from flatmin.sharpness.engine import Engine
+from flatmin.sharpness.estimate import Estimate, exact
+from flatmin.stack import Streams, normal, stream_key
+
+REFUSES = {
+    "data": "it looks at no example",
+    "subset": "it looks at no example",
+    "loss": "it looks at no loss",
+    "label_smoothing": "it looks at no loss",
+}
+
+
+def random(engine: Engine) -> Estimate:
+    """A standard normal number from the model's stream: a control.
+
+    Args:
+        engine: The models.
+    """
+    keys = Streams(engine.keys ^ stream_key("random measure")).keys
+    drawn: torch.Tensor = vmap(lambda key: normal(key, (1,)))(keys)
+    return exact(drawn[:, 0].cpu(), passes=0.0)
