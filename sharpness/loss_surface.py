@@ -74,7 +74,8 @@ def loss_surface(
         FlatminError: The slice leads to the initial weights, and they are not known.
     """
     chosen = _directions(engine, directions, dimensions, metric, move_vectors)
-    ticks = torch.linspace(-1.0, 1.0, points_per_axis // 2 * 2 + 1, dtype=torch.float64) * reach
+    half = points_per_axis // 2
+    ticks = torch.arange(-half, half + 1, dtype=torch.float64) / half * reach
     places = torch.cartesian_prod(*[ticks] * dimensions).reshape(-1, dimensions).to(engine.device)
     values = _losses(engine, chosen.vectors, places)
     centre = values[len(places) // 2]

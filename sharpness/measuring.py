@@ -134,10 +134,15 @@ def _with_sampling_error(
             estimate,
             stderr=error,
             passes=estimate.passes * share + passes.sum(dim=0) * group_share,
-            converged=estimate.converged & error.isfinite(),
+            converged=estimate.converged & (error <= _tolerance(name) * estimate.value.abs()),
         )
         together[name] = widened, seconds + sum(taken for _, taken in of_groups)
     return together
+
+
+def _tolerance(label: str) -> float:
+    """Return the tolerance of a measure, relative to its value; one that has none only needs a finite stderr."""
+    return float(parse_label(label).arguments.get("tolerance", math.inf))
 
 
 def _sampling_variance(value: Tensor, of_groups: Tensor, size: int, sample: Engine) -> Tensor:

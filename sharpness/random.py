@@ -1,11 +1,13 @@
 """A random number: what a measure that knows nothing looks like in a correlation study.
 
-random ~ N(0, 1), a pure number, drawn from the model's own stream: it costs nothing, repeats itself, and has no
-relation to the model. Where a study finds that other measures correlate with generalisation hardly better than this
-one, they do not.
+random ~ N(0, 1), a pure number: a hash of the weights and of the model's stream, so that every model has its own. It
+costs nothing, repeats itself, and has no relation to how the model generalises. Where a study finds that other measures
+correlate with generalisation hardly better than this one, they do not.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch.func import vmap
@@ -28,6 +30,10 @@ def random(engine: Engine) -> Estimate:
     Args:
         engine: The models.
     """
-    keys = Streams(engine.keys ^ stream_key("random measure")).keys
+    of_weights = [
+        stream_key(hashlib.blake2b(weights.cpu().numpy().tobytes()).hexdigest()) for weights in engine.params
+    ]
+    tags = engine.keys ^ stream_key("random measure") ^ torch.tensor(of_weights, device=engine.device)
+    keys = Streams(tags).keys
     drawn: torch.Tensor = vmap(lambda key: normal(key, (1,)))(keys)
     return exact(drawn[:, 0].cpu(), passes=0.0)

@@ -105,7 +105,7 @@ def format_value(value: Any) -> str:
     >>> format_value((150, 200)), format_value(1e-4), format_value(True)
     ('[150,200]', '0.0001', 'true')
     """
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return repr(int(value)) if value.is_integer() and abs(value) < 1e6 else repr(value)

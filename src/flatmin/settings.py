@@ -91,6 +91,11 @@ class Argument:
         Raises:
             ValueError: The value has another type or lies outside the bounds; the message is one clause.
         """
+        if value is None or value == "none":
+            if type(None) in get_args(self.annotation):
+                return None
+            if value is None:
+                raise ValueError(f"should be {self.type_name}")
         numeric = self.annotation in (int, float)
         if numeric and isinstance(value, bool):
             raise ValueError(f"must be a number, not {str(value).lower()}")
