@@ -73,6 +73,8 @@ def test_random_is_standard_normal_and_belongs_to_the_stream() -> None:
     assert estimate.passes.abs().sum() == 0
     some = random(engine.select(torch.tensor([17, 3])))
     assert some.value.tolist() == estimate.value[[17, 3]].tolist()
+    other = Engine(StackedNetwork(module), params + 1e-9, {}, [batch], torch.arange(count))
+    assert not set(random(other).value.tolist()) & set(estimate.value.tolist()), "models of one seed differ"
 
 
 def test_what_they_do_not_look_at_is_refused() -> None:
