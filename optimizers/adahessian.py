@@ -110,7 +110,7 @@ def _averaged(diagonal: Tensor, step: Step, over: str) -> Tensor:
     for part, shape in zip(
         torch.split(diagonal, [torch.Size(s).numel() for s in step.shapes], dim=1), step.shapes, strict=True
     ):
-        if len(shape) > 2 or (len(shape) == 2 and over == "row"):
+        if part.shape[1] and (len(shape) > 2 or (len(shape) == 2 and over == "row")):
             kept = 2 if len(shape) > 2 else 1
             averaged = part.abs().reshape(len(part), torch.Size(shape[:kept]).numel(), -1).mean(dim=2, keepdim=True)
             size = torch.Size(shape[kept:]).numel()

@@ -28,6 +28,8 @@ def scaled_like(
     for shape in shapes:
         size = torch.Size(shape).numel()
         filters = shape[0] if scale == "filter" and len(shape) > 1 else 1
+        if size == 0:
+            continue
         own = params[:, start : start + size].reshape(models, filters, -1)
         noise[:, start : start + size].view(models, filters, -1).mul_(own.norm(dim=2, keepdim=True))
         start += size

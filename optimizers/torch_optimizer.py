@@ -33,6 +33,9 @@ from flatmin.stack import Streams, stream_key
 Closure = Callable[[], Tensor]
 Stepped = tuple[Tensor, Tensor, State]
 
+_SAVED = ("count", "seed", "total_steps", "bn_updates")
+"""What `state_dict` holds beside the state and the groups; loading one sets them."""
+
 _OF_TORCH = ("params", "param_names", "initial_lr")
 """Keys of a parameter group that torch and its schedulers put there."""
 
@@ -73,6 +76,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         total_steps: int | None = None,
         **settings: Any,
     ) -> None:
+        if not isinstance(name, str):
+            raise RequestError(f"the first argument is the optimizer's name, such as 'sam-sgd', not {name!r}")
         self.name = name
         self.module = params if isinstance(params, nn.Module) else module
         self.bn_updates, self.seed, self.total_steps = bn_updates, seed, total_steps
@@ -245,7 +250,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         """
         if self._pending is not None:
             raise RequestError("between first_step and second_step the weights are displaced: save after second_step")
-        own = {"name": self.name, "count": self.count, "seed": self.seed, "total_steps": self.total_steps}
+        own = {"name": self.name, **{key: getattr(self, key) for key in _SAVED}}
         return {**super().state_dict(), "flatmin": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -260,7 +265,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         if own["name"] != self.name:
             raise RequestError(f"the state is of '{own['name']}', this is '{self.name}'")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "flatmin"})
-        self.count, self.seed, self.total_steps = own["count"], own["seed"], own["total_steps"]
+        for key in _SAVED:
+            setattr(self, key, own[key])
         places = [parameter for group in self.param_groups for parameter in group["params"]]
         for parameter, saved in zip(_saved_order(state_dict), places, strict=True):
             # torch has rounded the state to the type of the weights
@@ -321,7 +327,12 @@ class TorchOptimizer(torch.optim.Optimizer):
         return Composed(self._parts, values)
 
     def _trained(self) -> list[Tensor]:
-        return [parameter for group in self.param_groups for parameter in group["params"] if parameter.requires_grad]
+        return [
+            parameter
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and parameter.numel()
+        ]
 
     def _device(self) -> torch.device:
         parameters: Iterator[Tensor] = (p for group in self.param_groups for p in group["params"])
@@ -352,6 +363,8 @@ class TorchOptimizer(torch.optim.Optimizer):
             if takes > 1:
                 raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given a single closure")
             return [closure]
+        if not isinstance(closure, Sequence):
+            raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given a {type(closure).__name__}")
         if not 1 <= len(closure) <= takes:
             raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given {len(closure)} closures")
         return list(closure)

@@ -7,6 +7,7 @@ planner itself need not load torch.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -42,6 +43,12 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
     except (FlatminError, OSError) as error:
         return {"error": str(error)}
     n_params, flops = _network_cost(plugin_settings("network", program), dataset.input_shape, dataset.classes)
+    batches, left = composed.rule.batches, len(dataset.train_x) - int(program["val_size"])
+    if not composed.rule.splits and batches > max(1, math.ceil(left / program["batch_size"])):
+        return {
+            "refused": f"a step of '{program['optimizer']}' takes {batches} batches, and {left} training examples make "
+            f"{math.ceil(left / program['batch_size'])} of batch_size = {program['batch_size']}"
+        }
     sizes = {"train_size": len(dataset.train_x) - int(program["val_size"]), "test_size": len(dataset.test_x)}
     gradients = composed.rule.passes + _GRADIENTS_PER_PRODUCT * composed.products
     return {"n_params": n_params, "flops": flops, "gradients": gradients, **sizes}

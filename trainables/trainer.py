@@ -203,7 +203,7 @@ class StackTrainer:
         now = self.progress
         rule, recipe, examples = self.optimizer.composed.rule, self.recipes[0], len(self._data.train)
         # a short last batch has fewer micro-batches rather than smaller ones, which BatchNorm could not take
-        pieces = math.ceil(order.shape[1] * rule.batches / recipe.batch_size)
+        pieces = max(1, order.shape[1] * rule.batches // recipe.batch_size)
         passes = Passes(
             self.network,
             self._data.train,
