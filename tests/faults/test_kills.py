@@ -69,7 +69,12 @@ def assert_same(path: Path, expected: list[pd.DataFrame]) -> None:
 def start(study: Path, results: Path) -> subprocess.Popen[str]:
     """Launch a sweep on a private Ray, with a checkpoint every 0.2 s."""
     command = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(study), "--results", str(results)]
-    return subprocess.Popen([*command, "--checkpoint-every", "0.2s"], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, "--checkpoint-every", "0.2s"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
 
 
 def finish(driver: subprocess.Popen[str]) -> str:
