@@ -15,7 +15,7 @@ from torch import Tensor
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.estimate import Estimate, exact, sample_mean
 from flatmin.sharpness.sampling import pieces
-from flatmin.stack import Streams
+from flatmin.stack import Streams, stream_key
 
 _VECTORS_PER_COPY = 16
 
@@ -67,7 +67,7 @@ def batch_mean(
 
     `stderr` is that of the mean over batches, with the mean bound of the batches' own errors added in quadrature.
     Every batch has random vectors of its own. Without batches the measure is repeated on the whole set, each time
-    with other random vectors. Batches do not overlap; when there are no more, sampling ends.
+    with other random vectors. Batches do not overlap until the set is used up; then it is shuffled anew.
 
     Args:
         engine: The models.
@@ -79,25 +79,21 @@ def batch_mean(
     """
     split = _has_batches(engine, size)
     m = engine.n_examples if size is None else min(size, engine.n_examples)
-    # Never all examples: a sample of fewer comes in random order.
-    count = (engine.n_examples - 1) // m if split else max_samples
-    pool = engine.sample(count * m) if split else engine
-    most = min(count, max_samples)
-    bounds = torch.full((most, len(engine)), torch.nan, dtype=torch.float64)
+    bounds = torch.full((max_samples, len(engine)), torch.nan, dtype=torch.float64)
 
     def draw(first: int, number: int, active: Tensor) -> Tensor:
         rows = torch.nonzero(active).flatten().to(engine.device)
-        some, wanted = pool.select(rows), range(first, first + number)
+        some, wanted = engine.select(rows), range(first, first + number)
         values = torch.full((number, len(engine)), torch.nan, dtype=torch.float64)
         start = 0
-        for part in _batches(some, count, wanted) if split else _copies(some, wanted):
+        for part in _batches(some, m, wanted) if split else _copies(some, wanted):
             value, bound = (found.cpu().double().reshape(-1, len(rows)) for found in measure(part))
             here = slice(start, start + len(value))
             values[here, active], bounds[first : first + number][here, active] = value, bound
             start = here.stop
         return values
 
-    mean = sample_mean(draw, len(engine), tolerance=tolerance, max_samples=most)
+    mean = sample_mean(draw, len(engine), tolerance=tolerance, max_samples=max_samples)
     bound = bounds.nanmean(dim=0)
     stderr = (mean.stderr.square() + bound.square()).sqrt()
     converged = mean.converged & (stderr <= tolerance * mean.value.abs())
@@ -109,13 +105,28 @@ def _has_batches(engine: Engine, size: int | None) -> bool:
     return size is not None and size < engine.n_examples
 
 
-def _batches(engine: Engine, count: int, wanted: range) -> Iterator[Engine]:
+def _batches(engine: Engine, size: int, wanted: range) -> Iterator[Engine]:
+    """Yield engines on batches of a size, by number."""
+    count = max(1, (engine.n_examples - 1) // size)  # never all examples: a sample of fewer comes in random order
     start = wanted.start
-    for part in engine.groups(count, wanted):
-        number = len(part) // len(engine)
-        part.keys = _keys(engine, range(start, start + number))
-        start += number
-        yield part
+    while start < wanted.stop:
+        shuffle, first = divmod(start, count)
+        for part in _shuffled(engine, shuffle, count * size).groups(
+            count, range(first, min(count, first + wanted.stop - start))
+        ):
+            number = len(part) // len(engine)
+            part.keys = _keys(engine, range(start, start + number))
+            start += number
+            yield part
+
+
+def _shuffled(engine: Engine, shuffle: int, count: int) -> Engine:
+    """Return an engine on so many of the examples, in the random order of a shuffle by its number."""
+    if shuffle == 0:
+        return engine.sample(count)
+    other = engine.select(torch.arange(len(engine), device=engine.device))
+    other.keys = Streams(engine.keys ^ stream_key("shuffle"), shuffle).keys
+    return other.sample(count)
 
 
 def _copies(engine: Engine, wanted: range) -> Iterator[Engine]:

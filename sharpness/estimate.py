@@ -13,6 +13,9 @@ from torch import Tensor
 FEWEST = 16
 """Samples that every mean takes first."""
 
+FEWEST_PAIRS = 32
+"""Pairs before a mean of them may stop: a slope fitted to fewer, of long tails, makes their spread look small."""
+
 _ROUND = 8
 
 
@@ -70,7 +73,7 @@ def exact(value: Tensor, *, passes: float, samples: int = 1) -> Estimate:
     value = torch.where(value.isfinite(), value.double(), torch.nan)
     return Estimate(
         value,
-        0.0 * value,
+        torch.where(value.isfinite(), 0.0, torch.nan).double(),
         torch.full(value.shape, samples, dtype=torch.int64),
         torch.full(value.shape, passes, dtype=torch.float64),
         value.isfinite(),
@@ -87,15 +90,17 @@ Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Control:
-    """A control variate: numbers of mean zero that vary with the samples, and what it costs to have them.
+class Antithetic:
+    """How samples become means of antithetic pairs, compared with a control variate.
 
     Attributes:
-        draw: The control of each sample, float64 `[count, K]`.
-        price: How many further samples it must save to be worth its cost.
+        partner: The sample at the opposite displacement.
+        control: A number of mean zero that varies with the mean of both.
+        price: How many further samples that must save to be worth its cost.
     """
 
-    draw: Draw
+    partner: Draw
+    control: Draw
     price: float
 
 
@@ -106,16 +111,16 @@ class Mean:
     Attributes:
         value: offset + mean, or the function of it that was asked for.
         stderr: Its standard error.
-        samples: Samples taken.
+        samples: Samples taken, two to a pair.
         converged: Whether the tolerance was met.
-        controlled: Which models the control was paid for.
+        paired: Which models went on with pairs.
     """
 
     value: Tensor
     stderr: Tensor
     samples: Tensor
     converged: Tensor
-    controlled: Tensor
+    paired: Tensor
 
 
 def sample_mean(
@@ -125,14 +130,15 @@ def sample_mean(
     tolerance: float,
     max_samples: int,
     offset: Tensor | None = None,
-    control: Control | None = None,
+    antithetic: Antithetic | None = None,
     function: Function | None = None,
 ) -> Mean:
     """Average samples until each model's relative standard error is below the tolerance.
 
     A model stops at its own time, after 16 samples at the earliest, so that its result does not depend on its
     neighbours. One with a sample that is not finite stops at once and is undefined. After 16 samples a model
-    whose plain mean would need more further samples than the control's price goes on with the control.
+    whose plain mean would need more further ones than the price of pairs goes on with pairs, those 16 included, and
+    takes 32 of them at the earliest.
 
     Args:
         draw: Where the samples come from.
@@ -140,7 +146,7 @@ def sample_mean(
         tolerance: The standard error at which to stop, as a fraction of |value|.
         max_samples: The most samples per model.
         offset: A known part of the value, float64 `[K]`: the value is offset + mean.
-        control: A control variate to reduce the variance with.
+        antithetic: How to reduce the variance.
         function: What the value is of offset + mean; that itself by default. The tolerance is that of the value.
     """
     known = torch.zeros(models, dtype=torch.float64) if offset is None else offset.cpu()
@@ -148,46 +154,55 @@ def sample_mean(
     xs = torch.zeros_like(ys)
     value, stderr = torch.full_like(known, math.nan), torch.full_like(known, math.nan)
     samples = torch.zeros(models, dtype=torch.int64)
-    converged, controlled = (torch.zeros(models, dtype=torch.bool) for _ in range(2))
+    converged, paired = (torch.zeros(models, dtype=torch.bool) for _ in range(2))
     active, done = known.isfinite(), 0
-    while done < max_samples and bool(active.any()):
+    while bool(active.any()):
         new = slice(done, min(done + (_ROUND if done >= FEWEST else FEWEST), max_samples))
         ys[new] = draw(new.start, new.stop - new.start, active).cpu()
-        _add_controls(xs, new, control, controlled & active)
+        _pair(ys, xs, new, antithetic, paired & active)
         done = new.stop
-        mean, error = controlled_mean(ys[:done], xs[:done])
-        mean = known + mean
-        if function is not None:
-            mean, error = function(mean, error)
+        mean, error = _summary(ys[:done], xs[:done], known, function)
+        if antithetic is not None and done == FEWEST:
+            needed = done * (error / (tolerance * mean)).square()
+            paired = active & (needed.clamp(max=max_samples) - done > antithetic.price)
+            _pair(ys, xs, slice(0, done), antithetic, paired)
+            mean, error = _summary(ys[:done], xs[:done], known, function)
         value, stderr = torch.where(active, mean, value), torch.where(active, error, stderr)
-        samples = torch.where(active, done, samples)
-        converged |= active & (stderr <= tolerance * value.abs()) & (done >= FEWEST)
-        active = active & ~converged & value.isfinite()
-        if control is not None and done == FEWEST:
-            needed = done * (stderr / (tolerance * value)).square()
-            controlled = active & (needed.clamp(max=max_samples) - done > control.price)
-            _add_controls(xs, slice(0, done), control, controlled)
+        samples = torch.where(active, torch.where(paired, 2 * done, done), samples)
+        enough = done >= torch.where(paired, FEWEST_PAIRS, FEWEST)
+        converged |= active & (stderr <= tolerance * value.abs()) & enough
+        most = torch.where(paired, max_samples // 2, max_samples)
+        active = active & ~converged & value.isfinite() & (done < most)
     undefined = ~value.isfinite()
     return Mean(
         value.masked_fill(undefined, math.nan),
         stderr.masked_fill(undefined, math.nan),
         samples,
         converged,
-        controlled,
+        paired,
     )
 
 
-def _add_controls(xs: Tensor, rows: slice, control: Control | None, controlled: Tensor) -> None:
-    if control is not None and bool(controlled.any()):
-        drawn = control.draw(rows.start, rows.stop - rows.start, controlled).cpu()
-        xs[rows] = torch.where(controlled, drawn, xs[rows])
+def _summary(ys: Tensor, xs: Tensor, known: Tensor, function: Function | None) -> tuple[Tensor, Tensor]:
+    """Return the value and its standard error, `[K]`, after some samples."""
+    mean, stderr = controlled_mean(ys, xs)
+    return (known + mean, stderr) if function is None else function(known + mean, stderr)
+
+
+def _pair(ys: Tensor, xs: Tensor, rows: slice, antithetic: Antithetic | None, paired: Tensor) -> None:
+    """Make samples of some models, bool `[K]`, the means of pairs, and note their controls."""
+    if antithetic is not None and bool(paired.any()):
+        first, count = rows.start, rows.stop - rows.start
+        partners = antithetic.partner(first, count, paired).cpu()
+        ys[rows] = torch.where(paired, (ys[rows] + partners) / 2, ys[rows])
+        xs[rows] = torch.where(paired, antithetic.control(first, count, paired).cpu(), xs[rows])
 
 
 def controlled_mean(ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of y and its standard error, `[K]`, given samples `[n, K]` and controls of mean zero.
 
-    Each sample is corrected by a slope that is fitted to the others, so that the mean stays unbiased; without
-    controls the slope is zero.
+    Each sample is corrected by a slope that is fitted to the others, so that the mean stays unbiased, at the price of a
+    degree of freedom; without controls the slope is zero.
     """
     n = len(ys)
     if n < 2:
@@ -198,4 +213,5 @@ def controlled_mean(ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
     xy = (dx * dy).sum(dim=0) - left_out * dx * dy
     corrected = ys - xs * torch.where(xx > 0, xy / xx, 0.0)
     mean = corrected.mean(dim=0)
-    return mean, ((corrected - mean).square().sum(dim=0) / (n - 1) / n).sqrt()
+    free = torch.where((xs != 0).any(dim=0), max(1, n - 2), n - 1)
+    return mean, ((corrected - mean).square().sum(dim=0) / free / n).sqrt()

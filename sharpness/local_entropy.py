@@ -10,8 +10,9 @@ Within one architecture the two differ by a constant.
     value = -logsumexp(-L_k) + log K - r^2 / 2,    stderr = r,
 
 r the relative standard error of the mean of exp(-L_k) (delta method, which also gives the bias taken off). Where the
-losses L_k spread over several nats, a few small ones carry the mean and r is too small; `lpf`, which it comes near to
-where they do not, is then the sounder number. The draws of a given deviation are those of `lpf`.
+losses L_k spread over several nats, a few small ones carry the mean and r is too small, so such a value never counts as
+converged; `lpf`, which it comes near to where they do not, is then the sounder number. The draws of a given deviation are
+those of `lpf`.
 
 The code of Bisla et al. 2022 differs from its formula in three ways: exp(+L) in place of exp(-L), a deviation of 1 /
 gamma in place of 1 / sqrt(gamma), and log(gamma) / 2 in place of d log(gamma) / 2 in the normaliser.
@@ -33,6 +34,10 @@ from flatmin.sharpness.arguments import Gamma, MaxSamples, MetricChoice, Toleran
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.estimate import FEWEST, Estimate
 from flatmin.sharpness.smoothed import noisy_losses, smoothed_mean
+
+_MOST_SPREAD = math.log(4)
+"""Variance of the losses up to which the draws are worth a quarter of their number or more: normal losses of variance s^2
+make the weights exp(-L) of K draws worth K exp(-s^2) equal ones."""
 
 
 def local_entropy(
@@ -86,7 +91,11 @@ def local_entropy(
         of_loss=lambda losses: (sign * losses - largest).exp(),
         function=minus_log,
     )
-    return replace(estimate, value=estimate.value - _log_of_factor(engine.n_params, gamma, normaliser))
+    return replace(
+        estimate,
+        value=estimate.value - _log_of_factor(engine.n_params, gamma, normaliser),
+        converged=estimate.converged & (first.var(dim=0) <= _MOST_SPREAD).cpu(),
+    )
 
 
 def _log_of_factor(d: int, gamma: float, normaliser: str) -> float:

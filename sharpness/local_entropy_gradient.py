@@ -76,6 +76,8 @@ def local_entropy_gradient(
         # A displacement of a dead filter (D = 0) moves no weight: the noise leaves it out.
         spread = (2 * langevin_lr) ** 0.5 * langevin_noise * (d != 0)
         for step in range(steps):
+            if not bool(u.isfinite().all(dim=1).any()):
+                break
             _, gradient = on.gradient_at(d * u)
             noise = spread * on.vectors("normal", "langevin", step, 1)[0]
             u = u - langevin_lr * (d * gradient + gamma * u) + noise

@@ -1,7 +1,8 @@
 """From labels to rows: measure a stack and write down what was found.
 
 A measure of a subset of m of n examples (`lpf(subset=2000)`) is taken again on G = 16 disjoint groups of m / G of them,
-with the same random vectors: about one more pass over the subset in all. With V the variance of the groups' values,
+with the first of the same random vectors and no more than a rough tolerance asks for, so that all groups together cost no more
+than the subset. With V the variance of the groups' values,
 
     sampling error^2 = V / G (1 - m / n) + b^2,    b = (mean of the groups - value) / (G - 1) (1 - m / n),
 
@@ -31,6 +32,9 @@ from flatmin.sharpness.estimate import Curve, Estimate
 from flatmin.sharpness.subject import subject
 
 GROUPS = 16
+
+_ROUGH = 0.2
+"""The tolerance of a group's value: groups are compared among themselves, and share the noise of their random vectors."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _with_sampling_error(
     parts: dict[str, list[tuple[Estimate, float]]] = {label.label: [] for label in labels}
     for engine in sample.groups(GROUPS):
         for label in labels:
-            parts[label.label].append(_timed(engine, label))
+            parts[label.label].append(_timed(engine, _roughly(label)))
     share, group_share = sample.n_examples / sample.population, size / sample.population
     together = {}
     for name, of_groups in parts.items():
@@ -138,6 +142,12 @@ def _with_sampling_error(
         )
         together[name] = widened, seconds + sum(taken for _, taken in of_groups)
     return together
+
+
+def _roughly(label: MeasureLabel) -> MeasureLabel:
+    """Return a measure with its tolerance widened, if it has one."""
+    rough = max(_ROUGH, label.arguments.get("tolerance", 0.0))
+    return replace(label, arguments={name: rough if name == "tolerance" else v for name, v in label.arguments.items()})
 
 
 def _tolerance(label: str) -> float:

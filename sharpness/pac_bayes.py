@@ -17,15 +17,15 @@ D, so balancing the network by hand changes nothing.
 
 The expectation is a mean over antithetic pairs +-u, the same for every sigma, so that it is a smooth function of
 sigma. A few pairs find sigma roughly: a geometric bracket and regula falsi in log sigma and log rise. All pairs are
-then taken at sigma e^-h and sigma e^h, and ln sigma is read off the line through both mean rises R,
+then taken at that sigma_a, whose mean rise is R_a, and the first few also at sigma_b = sigma_a e^(+-0.1), on the root's
+side, for the power p of sigma with which the rise grows there, R'_a and R'_b the means of those few:
 
-    x = a + t (b - a),  t = ln(epsilon / R_a) / ln(R_b / R_a),
+    ln sigma = ln sigma_a + ln(epsilon / R_a) / p,    p = ln(R'_b / R'_a) / ln(sigma_b / sigma_a).
 
-which is exact for a power of sigma, h = 0.05. The delta method, with p = ln(R_b / R_a) / (b - a), makes the error of
-x that of the mean of ((1 - t) r_a / R_a + t r_b / R_b) / p over pairs; draws stop when what that makes of the value
-is within the tolerance, so the root is never sought more closely than the draws know it. Where that would take long,
-the rises are compared with u^T D H D u / 2 within a Krylov space, whose mean is known: a control variate, which on
-ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their variance.
+Its error is by the delta method (that of R_a / p, and that of p times the way gone, in quadrature). Draws stop when what
+it makes of the value is within the tolerance, so the root is never sought more closely than the draws know it. Where that
+would take long, the rises are compared with u^T D H D u / 2 within a Krylov space, whose mean is known: a control
+variate, which on ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their variance.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ _FIRST_SIGMA = 0.01
 _ROUGH_PAIRS = 4
 _MOST_TRIALS = 60
 _CLOSE = 0.02
-_HALF_WIDTH = 0.05
-_REACH = 3.0
-"""A root up to so many half widths from the middle is read off the line; one farther away moves the middle there."""
+_STEP = 0.1
+_FEWEST_STEPPED, _STEPPED_SHARE = 8, 4
+"""A quarter of the pairs is taken a step away too, and 8 at least."""
+
+_REACH = 0.15
+"""A root up to so far from the middle in log sigma is read off the line; one farther away moves the middle there."""
 
 _MOST_MOVES = 6
 _LONGEST_STEP = math.log(64)
@@ -193,7 +196,9 @@ class _Search:
     def __init__(self, rises: _Rises, epsilon: float) -> None:
         self.rises, self.epsilon = rises, epsilon
         models = len(rises.base)
-        self._pairs = torch.zeros(2, 0, models, dtype=torch.float64)
+        self._pairs = torch.zeros(0, models, dtype=torch.float64)
+        self._stepped = torch.zeros(0, models, dtype=torch.float64)
+        self._way = torch.ones(models, dtype=torch.float64)
         self._around = torch.full((models,), torch.nan, dtype=torch.float64)
         self._controls = torch.zeros(0, models, dtype=torch.float64)
         self.controlled = torch.zeros(models, dtype=torch.bool)
@@ -240,9 +245,9 @@ class _Search:
             if not bool(active.any()):
                 break
             self._take(middle, count, active)
-            x, error = _on_line(self._pairs[:, :count], self._controls_of(count), middle, self.epsilon)
+            x, error = self._on_line(middle, count)
             offset = x - middle
-            inside = active & (offset.abs() <= _REACH * _HALF_WIDTH)
+            inside = active & (offset.abs() <= _REACH)
             log_sigma, stderr = torch.where(inside, x, log_sigma), torch.where(inside, error, stderr)
             active = active & ~inside
             lost = active & ~(offset.abs() <= 1)
@@ -253,18 +258,29 @@ class _Search:
         return _Root(log_sigma, stderr, middle)
 
     def _take(self, middle: Tensor, count: int, active: Tensor) -> None:
-        """See that the first `count` pairs of active models are taken on both sides of `middle`."""
-        missing = count - self._pairs.shape[1]
-        if missing > 0:
-            more = self._pairs.new_full((2, missing, len(middle)), torch.nan)
-            self._pairs = torch.cat([self._pairs, more], dim=1)
+        """See that the first `count` pairs of active models are taken at `middle`, and the first few a step away."""
         moved = active & (self._around != middle)
-        if bool(moved.any()):
-            self._fill(middle, 0, count, moved)
         staying = active & ~moved
-        if missing > 0 and bool(staying.any()):
-            self._fill(middle, count - missing, missing, staying)
+        taken, stepped = len(self._pairs), len(self._stepped)
+        self._pairs = self._with(self._pairs, middle, 0, count, moved)
+        if bool(moved.any()):
+            below = self._pairs.mean(dim=0) < self.epsilon
+            self._way = torch.where(moved, torch.where(below, 1.0, -1.0), self._way)
+        self._pairs = self._with(self._pairs, middle, taken, count, staying)
+        away, few = middle + self._way * _STEP, _stepped_of(count)
+        self._stepped = self._with(self._stepped, away, 0, few, moved)
+        self._stepped = self._with(self._stepped, away, stepped, few, staying)
         self._around = torch.where(active, middle, self._around)
+
+    def _with(self, pairs: Tensor, log_sigma: Tensor, first: int, count: int, rows: Tensor) -> Tensor:
+        """Return pairs `[n, K]` with those from `first` up to `count` taken at `log_sigma` for some models."""
+        missing = count - len(pairs)
+        if missing > 0:
+            pairs = torch.cat([pairs, pairs.new_full((missing, len(log_sigma)), torch.nan)])
+        if first < count and bool(rows.any()):
+            new = self.rises.at(log_sigma, first, count - first, rows)
+            pairs[first:count] = torch.where(rows, new, pairs[first:count])
+        return pairs
 
     def _controls_of(self, count: int) -> Tensor:
         """Return the control of each pair, `[count, K]`, 0 for models that are not controlled."""
@@ -272,13 +288,26 @@ class _Search:
             first = len(self._controls)
             more = self.rises.curved(first, count - first, self.controlled)
             self._controls = torch.cat([self._controls, torch.where(self.controlled, more, 0.0)])
-        return self._controls if bool(self.controlled.any()) else torch.zeros_like(self._pairs[0, :count])
+        return self._controls if bool(self.controlled.any()) else torch.zeros_like(self._pairs[:count])
 
-    def _fill(self, middle: Tensor, first: int, count: int, rows: Tensor) -> None:
-        for side, way in enumerate((-1, 1)):
-            new = self.rises.at(middle + way * _HALF_WIDTH, first, count, rows)
-            place = self._pairs[side, first : first + count]
-            self._pairs[side, first : first + count] = torch.where(rows, new, place)
+    def _on_line(self, middle: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the root by the first `count` pairs on the line through the mean rises, `[K]`, and its standard error."""
+        pairs, controls, few = self._pairs[:count], self._controls_of(count), _stepped_of(count)
+        rise, error = controlled_mean(pairs, controls)
+        near, far = (side[:few] for side in (pairs, self._stepped))
+        near_rise, far_rise = (controlled_mean(side, controls[:few])[0] for side in (near, far))
+        step = self._way * _STEP
+        power = torch.log(far_rise / near_rise) / step
+        power_error = controlled_mean(far / far_rise - near / near_rise, controls[:few])[1] / _STEP
+        offset = torch.log(self.epsilon / rise) / power
+        stderr = ((error / rise).square() + (offset * power_error).square()).sqrt() / power
+        sound = (rise > 0) & (near_rise > 0) & (far_rise > 0) & (power > 0)
+        return torch.where(sound, middle + offset, torch.nan), torch.where(sound, stderr, torch.nan)
+
+
+def _stepped_of(count: int) -> int:
+    """Return how many of the first `count` pairs are taken a step away too."""
+    return min(count, max(_FEWEST_STEPPED, count // _STEPPED_SHARE))
 
 
 def _proposal(x: Tensor, ratio: Tensor, low: Tensor, high: Tensor, low_rise: Tensor, high_rise: Tensor) -> Tensor:
@@ -288,21 +317,3 @@ def _proposal(x: Tensor, ratio: Tensor, low: Tensor, high: Tensor, low_rise: Ten
     share = low_rise / (low_rise - high_rise)
     inward = low + (high - low) * torch.where(share.isfinite(), share.clamp(0.02, 0.98), 0.5)
     return torch.where(low.isfinite() & high.isfinite(), inward, outward)
-
-
-def _on_line(pairs: Tensor, controls: Tensor, middle: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return the root on the line through the mean rises, `[K]`, and its standard error.
-
-    Args:
-        pairs: The rises on both sides of the middle, `[2, n, K]`.
-        controls: What they are compared with, of mean zero, `[n, K]`.
-        middle: `[K]`.
-        epsilon: The rise at the root.
-    """
-    below, above = (controlled_mean(side, controls)[0] for side in pairs)
-    width = 2 * _HALF_WIDTH
-    power = torch.log(above / below) / width
-    t = torch.log(epsilon / below) / (power * width)
-    error = controlled_mean((1 - t) * pairs[0] / below + t * pairs[1] / above, controls)[1] / power
-    sound = (below > 0) & (above > 0) & (power > 0)
-    return torch.where(sound, middle - _HALF_WIDTH + t * width, torch.nan), torch.where(sound, error, torch.nan)

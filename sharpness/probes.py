@@ -68,10 +68,10 @@ class Probes:
         parts = []
         for start, size in self.engine.portions(first, count):
             numbers = range(start, start + size)
-            done = torch.stack([self._steps_of(number) for number in numbers])
-            lacking = active.to(self.engine.device) & (done < steps).any(dim=0)
-            if bool(lacking.any()):
-                self._run(numbers, steps, lacking)
+            lacking = [active.to(self.engine.device) & (self._steps_of(number) < steps) for number in numbers]
+            short = [number for number, own in zip(numbers, lacking, strict=True) if bool(own.any())]
+            if short:
+                self._run(range(short[0], short[-1] + 1), steps, torch.stack(lacking).any(dim=0))
             parts += [self._made[number][1] for number in numbers]
         square = torch.stack([part.square[0] for part in parts])
         alpha, beta = (torch.stack([_first(getattr(part, name)[0], steps) for part in parts]) for name in _LISTED)

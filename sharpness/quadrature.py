@@ -11,7 +11,13 @@ and Saad 2017 (stochastic Lanczos quadrature); Chen and Hallman 2023, Krylov-awa
 Both parts are biased by having n steps only. The bias falls at least like 1 / n for a function with kinks
 (geometrically for a smooth one), so what n / 2 steps give differs from what n give by no less than what n lack; but it
 falls in waves, so the largest of the differences from n / 2, 5 n / 8, 3 n / 4 and 7 n / 8 steps is taken for a bound.
-All of them are parts of the same runs.
+All of them are parts of the same runs. Of few steps they say nothing of eigenvalues just beyond a kink at 0 that no run has
+told from those before it. The Ritz pairs do, if too much: an eigenvalue drawn from a Ritz vector's spectrum has the mean
+theta_i and, as its standard deviation, the residual r_i. Of all distributions with these, that with the most beyond 0 has
+
+    (sqrt(theta_i^2 + r_i^2) - |theta_i|) / 2
+
+there on average (Scarf 1958), and so much of every node may be hidden.
 """
 
 from __future__ import annotations
@@ -53,14 +59,21 @@ class Nodes:
     Attributes:
         at: Float64 `[..., n]`.
         weight: How many eigenvalues each stands for, `[..., n]`.
+        spread: Standard deviation of what each stands for, `[..., n]`: the residual of its Ritz vector.
     """
 
     at: Tensor
     weight: Tensor
+    spread: Tensor
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the sum of a function over the nodes, `[...]`."""
         return (self.weight * function(self.at)).sum(dim=-1)
+
+    def hidden(self) -> Tensor:
+        """Return how much of the nodes may lie on the other side of 0 at most, `[...]`."""
+        beyond = (self.at.square() + self.spread.square()).sqrt() - self.at.abs()
+        return (self.weight * beyond).sum(dim=-1) / 2
 
 
 class Quadrature:
@@ -84,25 +97,36 @@ class Quadrature:
         """Return the nodes `[K, q + steps]` of the part within the Krylov space."""
         spaces, size = self._probes.spaces, self._known_steps(steps)
         spaces.grow(size, torch.ones_like(spaces.ended))
-        theta, s = ritz(*spaces.coefficients(size))
+        alpha, beta = spaces.coefficients(size)
+        theta, s = ritz(alpha, beta)
         own = torch.arange(size, device=theta.device) < spaces.lengths.clamp(max=self.length)[:, None]
-        return Nodes(theta, (s.square() * own[..., None]).sum(dim=1))
+        return Nodes(theta, (s.square() * own[..., None]).sum(dim=1), beta[:, -1:] * s[:, -1].abs())
 
     def probe(self, first: int, count: int, steps: int, active: Tensor) -> Nodes:
         """Return the nodes `[count, K, steps]` of probes; those of models that are not active may be anything."""
         runs = self._probes.runs(first, count, steps, active)
         theta, s = ritz(runs.alpha, runs.beta)
-        return Nodes(theta, runs.square[..., None] * s[..., 0, :].square())
+        weight = runs.square[..., None] * s[..., 0, :].square()
+        return Nodes(theta, weight, runs.beta[..., -1:] * s[..., -1, :].abs())
 
-    def steps(self, function: Callable[[Tensor], Tensor], size: Callable[[Tensor], Tensor], share: float) -> Tensor:
+    def steps(
+        self,
+        function: Callable[[Tensor], Tensor],
+        size: Callable[[Tensor], Tensor],
+        share: float,
+        *,
+        least: int = 0,
+    ) -> Tensor:
         """Return how many steps each model needs, int64 `[K]`, as many as the budget allows where none are enough.
 
         Args:
             function: What is summed.
             size: What its size is compared with the sum of.
             share: The greatest bias that is allowed, as a share of that sum; tried on one probe.
+            least: Steps that are taken at least where the budget allows as many.
         """
         ladder = self._ladder()
+        ladder = [steps for steps in ladder if steps >= least] or ladder[-1:]
         chosen = torch.full((len(self.engine),), ladder[0], device=self.engine.device)
         active = torch.ones_like(chosen, dtype=torch.bool)
         for steps in ladder:

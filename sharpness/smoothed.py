@@ -1,8 +1,8 @@
 """The mean loss under Gaussian noise in the weights: the draws that `lpf` and its kin share.
 
-Where plain draws would take long, the loss is compared with its second-order expansion within a Krylov space, whose
-mean is known: a control variate, which at sigma = 0.01 on networks trained to fit noisy labels saves four draws of
-five. It takes out what antithetic pairs would, the part that is linear in the noise, and the curvature too.
+Where plain draws would take long, they are taken in antithetic pairs +-u, whose mean has nothing odd in the noise, and
+compared with the curvature u^T D H D u / 2 within a Krylov space, whose mean is known: a control variate. On a narrow
+ResNet-18 at sigma = 0.01 the two together save 9 draws of 10, and neither one alone more than 2 of 3 (128 pairs).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
-from flatmin.sharpness.estimate import Control, Draw, Estimate, Function, sample_mean
-from flatmin.sharpness.lanczos import krylov
+from flatmin.sharpness.engine import LOSS_PASSES, PRODUCT_PASSES, Engine
+from flatmin.sharpness.estimate import FEWEST, FEWEST_PAIRS, Antithetic, Draw, Estimate, Function, sample_mean
+from flatmin.sharpness.lanczos import krylov, krylov_capacity
 from flatmin.sharpness.metric import Metric
 
 _LENGTH = 16
-_WORTHWHILE = 16
-"""Further draws from which on a model takes the control variate. Its products cost about three times as much,
-but `lambda_max` and `hessian_trace` need them too."""
+_WORTHWHILE = 2 * FEWEST_PAIRS - FEWEST
+"""Further draws from which on a model takes pairs, as many as the fewest pairs are. The products of the control variate
+are not counted, for `lambda_max` and `hessian_trace` need them too."""
 
 
 def smoothed_mean(
@@ -34,7 +34,7 @@ def smoothed_mean(
     of_loss: Callable[[Tensor], Tensor] | None = None,
     offset: Tensor | None = None,
     function: Function | None = None,
-    controlled: bool = True,
+    paired: bool = True,
     further_passes: float = 0.0,
 ) -> Estimate:
     """Average a function of L(w + D u) over u ~ N(0, sigma^2 I).
@@ -48,26 +48,25 @@ def smoothed_mean(
         of_loss: What is averaged, from losses `[S, K]` to numbers `[S, K]`; the losses themselves by default.
         offset: Added to the mean, float64 `[K]`.
         function: What the value is of offset + mean; that itself by default.
-        controlled: Whether the control variate may be taken.
+        paired: Whether draws may go on in pairs.
         further_passes: What the caller has spent.
     """
-    control = Control(_expansion(engine, sigma, metric), _WORTHWHILE) if controlled else None
-    losses = noisy_losses(engine, sigma, metric)
+    length = min(_LENGTH, krylov_capacity(engine))
 
-    def draw(first: int, count: int, active: Tensor) -> Tensor:
-        drawn = losses(first, count, active)
-        return drawn if of_loss is None else of_loss(drawn)
+    def losses(way: float) -> Draw:
+        drawn = noisy_losses(engine, sigma, metric, way)
+        return drawn if of_loss is None else lambda *which: of_loss(drawn(*which))
 
     mean = sample_mean(
-        draw,
+        losses(1.0),
         len(engine),
         tolerance=tolerance,
         max_samples=max_samples,
         offset=offset,
-        control=control,
+        antithetic=Antithetic(losses(-1.0), _curved(engine, metric, length), _WORTHWHILE) if paired else None,
         function=function,
     )
-    products = torch.where(mean.controlled, GRADIENT_PASSES + _LENGTH * PRODUCT_PASSES, 0.0)
+    products = torch.where(mean.paired, length * PRODUCT_PASSES, 0.0)
     passes = LOSS_PASSES * mean.samples.double() + products + further_passes
     return Estimate(mean.value, mean.stderr, mean.samples, passes, mean.converged)
 
@@ -94,7 +93,7 @@ def above_the_centre(
         max_samples=max_samples,
         of_loss=(lambda losses: (losses - centre).abs()) if absolute else None,
         offset=None if absolute else -centre,
-        controlled=not absolute,
+        paired=not absolute,
         further_passes=LOSS_PASSES,
     )
     return estimate, centre.cpu()
@@ -107,9 +106,9 @@ def over(estimate: Estimate, divisor: Tensor) -> Estimate:
     return replace(estimate, value=value, stderr=stderr, converged=estimate.converged & value.isfinite())
 
 
-def noisy_losses(engine: Engine, sigma: float, metric: Metric) -> Draw:
-    """Return the losses under the noise as draws; measures that ask for the same ones share them."""
-    spread = sigma * engine.scale(metric)
+def noisy_losses(engine: Engine, sigma: float, metric: Metric, way: float = 1.0) -> Draw:
+    """Return the losses under the noise, times `way`, as draws; measures that ask for the same ones share them."""
+    spread = way * sigma * engine.scale(metric)
 
     def losses(first: int, count: int, active: Tensor) -> Tensor:
         parts = [
@@ -120,25 +119,23 @@ def noisy_losses(engine: Engine, sigma: float, metric: Metric) -> Draw:
 
     def draw(first: int, count: int, active: Tensor) -> Tensor:
         # Which models are asked for together is part of the key: it may change the last bit of their losses.
-        key = ("noisy losses", sigma, metric, first, count, tuple(active.tolist()))
+        key = ("noisy losses", sigma, metric, way, first, count, tuple(active.tolist()))
         made: Tensor = engine.shared(key, lambda: losses(first, count, active))
         return made
 
     return draw
 
 
-def _expansion(engine: Engine, sigma: float, metric: Metric) -> Draw:
-    """Return the loss's expansion to second order along the same draws, less its mean."""
+def _curved(engine: Engine, metric: Metric, length: int) -> Draw:
+    """Return z^T A z along the same draws within the Krylov space of A = D H D, less its mean."""
 
     def draw(first: int, count: int, active: Tensor) -> Tensor:
-        spaces, slope = krylov(engine, metric), sigma * engine.scale(metric) * engine.gradient()
-        length = min(_LENGTH, spaces.capacity)
+        spaces = krylov(engine, metric)
         spaces.grow(length, active.to(engine.device))
-        parts = []
-        for start, size in engine.portions(first, count):
-            z = engine.vectors("normal", "perturbation", start, size)
-            curved = spaces.quadratic(z, length) - spaces.trace(length)
-            parts.append((slope * z).sum(dim=2) + 0.5 * sigma**2 * curved)
+        parts = [
+            spaces.quadratic(engine.vectors("normal", "perturbation", start, size), length) - spaces.trace(length)
+            for start, size in engine.portions(first, count)
+        ]
         return torch.cat(parts)
 
     return draw

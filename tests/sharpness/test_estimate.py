@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from flatmin.sharpness.estimate import Control, sample_mean
+from flatmin.sharpness.estimate import Antithetic, sample_mean
 
 
 def from_table(table: Tensor) -> object:
@@ -58,23 +58,33 @@ def test_too_few_samples_never_converge() -> None:
     assert bool(single.stderr.isnan())
 
 
-def test_a_control_saves_samples_and_leaves_the_mean_unbiased() -> None:
+def test_pairs_and_their_control_save_samples_and_leave_the_mean_unbiased() -> None:
+    """Odd noise goes with the pairs, even noise with the control; what is left is 0.05 of each sample."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 2000, generator=generator, dtype=torch.float64)
-    x = x.square() - 1
-    y = 1.0 + 0.4 * x + 0.05 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    draw = from_table(y)
-    control = Control(from_table(x), price=20)  # type: ignore[arg-type]
+    odd, even, first, second = torch.randn(4, 400, 2000, generator=generator, dtype=torch.float64)
+    even = even.square() - 1
+    one, other = (1.0 + 0.4 * (even + way * odd) + 0.05 * rest for way, rest in ((1, first), (-1, second)))
+    pairs = Antithetic(from_table(other), from_table(even), price=20)  # type: ignore[arg-type]
+    draw = from_table(one)
     plain = sample_mean(draw, 2000, tolerance=1e-9, max_samples=24)  # type: ignore[arg-type]
-    # the price is above what 24 samples can save, so that this control is never taken
-    refused = sample_mean(draw, 2000, tolerance=1e-9, max_samples=24, control=control)  # type: ignore[arg-type]
-    assert not bool(refused.controlled.any())
+    # the price is above what 24 samples can save, so that there are no pairs
+    refused = sample_mean(draw, 2000, tolerance=1e-9, max_samples=24, antithetic=pairs)  # type: ignore[arg-type]
+    assert not bool(refused.paired.any())
     assert torch.equal(refused.value, plain.value)
-    taken = sample_mean(draw, 2000, tolerance=0.02, max_samples=400, control=control)  # type: ignore[arg-type]
-    assert bool(taken.controlled.all())
+    taken = sample_mean(draw, 2000, tolerance=0.02, max_samples=400, antithetic=pairs)  # type: ignore[arg-type]
+    assert bool(taken.paired.all())
     assert bool(taken.converged.all())
-    assert taken.samples.double().mean() < 30
+    assert taken.samples.double().mean() < 65
     error = taken.value - 1.0
     assert abs(error.mean().item()) < 4 * error.std().item() / math.sqrt(2000)
     covered = (error.abs() <= 2.1 * taken.stderr).double().mean().item()
     assert 0.90 <= covered <= 0.99
+
+
+def test_pairs_count_twice_against_the_most_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 100, 3, generator=generator, dtype=torch.float64) + 0.01
+    pairs = Antithetic(from_table(other), from_table(torch.zeros_like(one)), price=1)  # type: ignore[arg-type]
+    mean = sample_mean(from_table(one), 3, tolerance=1e-3, max_samples=100, antithetic=pairs)  # type: ignore[arg-type]
+    assert mean.samples.tolist() == [112, 112, 112]
+    torch.testing.assert_close(mean.value, ((one + other) / 2)[: mean.samples[0] // 2].mean(dim=0))

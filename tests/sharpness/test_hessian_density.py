@@ -88,7 +88,27 @@ def test_the_share_of_a_smooth_spectrum_is_within_its_error(with_spectrum: Calla
     engine = with_spectrum(DECAYING, 20)
     estimate = hessian_density(engine, metric="identity", max_samples=170)
     assert bool(((estimate.value - share(DECAYING)).abs() <= 3 * estimate.stderr).all())
-    assert estimate.stderr.max().item() < 0.15
+    assert estimate.stderr.max().item() < 0.25
+
+
+def test_negative_curvature_that_few_steps_do_not_see_is_in_the_error(with_spectrum: Callable[..., Engine]) -> None:
+    """A bulk around 0 of which a third is just below: after 8 steps no node is negative, and none was after 7."""
+    bulk = torch.cat([0.01 * torch.linspace(0.01, 1, 150) ** 2, -0.003 * torch.linspace(0.01, 1, 60) ** 2])
+    eigenvalues = torch.cat([6 * 0.8 ** torch.arange(20.0), bulk]).double()
+    engine = with_spectrum(eigenvalues, 10)
+    for budget in (220, 150):
+        estimate = hessian_density(engine, metric="identity", max_samples=budget)
+        assert bool(((estimate.value - share(eigenvalues)).abs() <= 2 * estimate.stderr).all())
+
+
+def test_the_curve_of_a_bulk_and_outliers_is_within_its_error(with_spectrum: Callable[..., Engine]) -> None:
+    eigenvalues = torch.cat([6 * 0.8 ** torch.arange(20.0), 0.2 * torch.randn(200, generator=torch.manual_seed(0))])
+    engine = with_spectrum(eigenvalues.double(), 10)
+    density, error = hessian_density(engine, metric="identity", max_samples=200).curves
+    width = 0.01 * (density.x[:, -1] - density.x[:, 0]) / (1 + 12 * 0.01)
+    truth = torch.stack([broadened(eigenvalues, s, x) for s, x in zip(width, density.x, strict=True)])
+    outside = (density.value - truth).abs() > 2.1 * error.value + 1e-6 * truth.max()
+    assert outside.double().mean().item() < 0.1
 
 
 def test_little_memory(with_spectrum: Callable[..., Engine]) -> None:

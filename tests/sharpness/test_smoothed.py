@@ -247,6 +247,15 @@ def test_a_model_that_is_not_finite_is_undefined_and_alone(mlp: Any, measure: An
     torch.testing.assert_close(estimate.value[[0, 2, 3]], sound.value[[0, 2, 3]])
 
 
+def test_an_entropy_that_few_draws_carry_has_not_converged(repeated: Callable[[int], Any]) -> None:
+    engine = repeated(20).engine()
+    narrow, wide = (local_entropy(engine, gamma=gamma, tolerance=0.2) for gamma in (100.0, 0.05))
+    assert engine.losses_at(0.05**-0.5 * engine.scale("filter") * engine.vectors("normal", "x", 0, 50)).std() > 2
+    assert bool(narrow.converged.all())
+    assert bool(wide.value.isfinite().all())
+    assert not bool(wide.converged.any())
+
+
 def test_a_network_of_zeros_is_flat(mlp: Any) -> None:
     whole = mlp.engine()
     dead = Engine(whole.network, torch.zeros_like(whole.params), whole.buffers, whole.batches, mlp.keys)
