@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
-from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestError
+from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestError, RequestWarning
 
 
 class _WithSettings(TyperCommand):
@@ -78,7 +78,7 @@ def plan(
     from flatmin.orchestrator.study import read_study
 
     checked = read_study(study, overrides or [])
-    planned = make_plan(checked, _stack(models_per_trial))
+    planned = make_plan(checked, _count("--models-per-trial", models_per_trial))
     cost = estimate(planned.trials)
     seconds = None if cost.problem else sum(second or 0.0 for second in cost.seconds)
     shared = [_shared(trial) for trial in planned.trials]
@@ -137,6 +137,18 @@ def launch(
     max_failures: Annotated[int, typer.Option(min=0, help="How often a trial may fail and be tried again.")] = 3,
     time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 2h.")] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints of a trial: 0s, 5m.")] = "5m",
+    compile_passes: Annotated[bool, typer.Option("--compile", help="Compile training passes (torch.compile).")] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Launch a training pass as one graph.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Keep images channels last: faster convolutions on some devices.")
+    ] = False,
+    micro_batch: Annotated[
+        str | None,
+        typer.Option(help="The most examples of each model in one pass: a number, or auto for as many as fit."),
+    ] = None,
+    processes_per_model: Annotated[
+        int, typer.Option(min=1, help="Processes that train one model together, each on a GPU of its own.")
+    ] = 1,
 ) -> None:
     """Run a study, or whatever of it is missing."""
     from flatmin.orchestrator.launch import LaunchOptions
@@ -150,10 +162,15 @@ def launch(
             address=address,
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
+            processes_per_model=processes_per_model,
         ),
         inline=inline,
-        models_per_trial=_stack(models_per_trial),
+        models_per_trial=_count("--models-per-trial", models_per_trial),
         checkpoint_seconds=seconds_of("--checkpoint-every", checkpoint_every),
+        compile=compile_passes,
+        cuda_graphs=cuda_graphs,
+        channels_last=channels_last,
+        micro_batch=_count("--micro-batch", micro_batch),
     )
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -289,7 +306,10 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
-        rows = [["ok" if check.ok else "BROKEN", check.check, check.found, check.mend] for check in checks]
+        rows = [
+            ["ok" if check.ok else "BROKEN", check.check, check.found, check.mend.partition("\n")[0]]
+            for check in checks
+        ]
         _print_table(["", "check", "found", "mend"], rows)
     raise typer.Exit(0 if all(check.ok for check in checks) else 1)
 
@@ -312,11 +332,11 @@ def seconds_of(option: str, text: str) -> float:
     return float(match.group(1)) * _TIMES[match.group(2) or "s"]
 
 
-def _stack(text: str | None) -> int | Literal["auto"] | None:
+def _count(option: str, text: str | None) -> int | Literal["auto"] | None:
     if text is None or text == "auto":
         return None if text is None else "auto"
     if not text.isdigit() or int(text) < 1:
-        raise RequestError(f"--models-per-trial {text}: should be a number from 1 on, or auto")
+        raise RequestError(f"{option} {text}: should be a number from 1 on, or auto")
     return int(text)
 
 
@@ -362,11 +382,11 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
 
 
 def _tell_warnings() -> None:
-    """Tell the user, once, of every file that is left out; other warnings are for developers."""
+    """Tell the user, once, of every file that is left out and every doubt about a request; no other warning."""
     told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, CorruptFileWarning) and str(message) not in told:
+        if issubclass(category, CorruptFileWarning | RequestWarning) and str(message) not in told:
             told.add(str(message))
             print(f"warning: {message}", file=sys.stderr)
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from flatmin.errors import DataError, MissingData
+from flatmin.plugins import Plugin, listing
+from flatmin.settings import REQUIRED
+
 
 @dataclass(frozen=True)
 class Check:
@@ -19,9 +23,9 @@ class Check:
 
     Attributes:
         check: What.
-        ok: Whether it works.
+        ok: Whether it works; a data set that is not there is no fault.
         found: What was found.
-        mend: What to do when it does not; empty when it does.
+        mend: What to do when it does not, or is not there; empty when it does.
     """
 
     check: str
@@ -37,8 +41,8 @@ def doctor() -> list[Check]:
         *(_package(name) for name in ("torch", "torchvision", "ray", "pyarrow", "duckdb", "plotly")),
         _run("ray starts", _ray, "see the message; a firewall or a full /tmp are the usual causes"),
         _run("gpu", _gpu, "install a driver that matches torch's CUDA, or go on with the CPU"),
-        _run("data: digits", _digits, "pip install --force-reinstall scikit-learn"),
         _run("data folder", _data_folder, "set FLATMIN_DATA to a folder that can be written"),
+        *(_data(plugin) for plugin in listing("dataset").values()),
         _run("disk", _disk, "free some space: a study keeps the weights of its models"),
     ]
 
@@ -84,11 +88,24 @@ def _gpu() -> str:
     return ", ".join(names)
 
 
-def _digits() -> str:
-    from flatmin.trainables.datasets.digits import digits
+def _data(plugin: Plugin) -> Check:
+    """Load a data set with its default settings, as training would, but do not download it."""
+    from flatmin.trainables.job import load_dataset
 
-    dataset = digits(Path())
-    return f"{len(dataset.train_x)} to train, {len(dataset.test_x)} to test"
+    name = f"data: {plugin.name}"
+    settings = {argument.name: argument.default for argument in plugin.arguments.values()}
+    asked = [setting for setting, value in settings.items() if value is REQUIRED]
+    if asked:
+        return Check(name, True, f"not looked at: it needs {', '.join(asked)}")
+    try:
+        dataset = load_dataset((("dataset", plugin.name), *settings.items()))
+    except MissingData as error:
+        return Check(name, True, "not there", error.mend)
+    except DataError as error:
+        return Check(name, False, error.found, error.mend)
+    except Exception as error:  # whatever is wrong is the finding
+        return Check(name, False, f"{type(error).__name__}: {error}", "see the message")
+    return Check(name, True, f"{len(dataset.train_x)} to train, {len(dataset.test_x)} to test")
 
 
 def _data_folder() -> str:

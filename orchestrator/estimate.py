@@ -9,11 +9,12 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.errors import RequestError
+from flatmin.errors import RequestError, RequestWarning
 from flatmin.trial import Trial
 
 STEP_SECONDS = 1.2e-3
@@ -48,22 +49,19 @@ def estimate(trials: Sequence[Trial]) -> Estimate:
     """Estimate what trials cost.
 
     Raises:
-        RequestError: A trial cannot be trained: nothing is left after validation, or a batch cannot be split.
+        RequestError: A trial cannot be trained: the data cannot be split like that, or a batch cannot.
     """
     costs = program_costs([trial.program for trial in trials])
-    for trial, cost in zip(trials, costs, strict=True):
+    for cost in costs:
         if "refused" in cost:
             raise RequestError(cost["refused"])
-        if cost.get("train_size", 1) < 1:
-            held_out = trial.program["val_size"]
-            raise RequestError(
-                f"val_size = {held_out} leaves nothing of {cost['train_size'] + held_out} training examples"
-            )
     problem = next((cost["error"] for cost in costs if "error" in cost), "")
     seconds = tuple(
         None if "error" in cost else trial_seconds(trial, cost) for trial, cost in zip(trials, costs, strict=True)
     )
     sizes = [trial_bytes(trial, cost) for trial, cost in zip(trials, costs, strict=True) if "error" not in cost]
+    for note in dict.fromkeys(note for cost in costs for note in cost.get("notes", ())):
+        warnings.warn(note, RequestWarning, stacklevel=2)
     return Estimate(seconds, sum(sizes) if not problem else None, problem)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import estimate
 from flatmin.orchestrator.inline import run_inline
-from flatmin.orchestrator.plan import Missing, Plan, make_plan, missing
+from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.orchestrator.study import NAMES, Resources, Study, read_study
@@ -37,12 +38,34 @@ class LaunchOptions:
         inline: Run in this process, without Ray.
         models_per_trial: The largest stack; the study's own choice when None.
         checkpoint_seconds: Time between two checkpoints of a trial under way.
+        compile: Whether training passes are compiled (torch.compile).
+        cuda_graphs: Whether a training pass is launched as one CUDA graph.
+        channels_last: Whether images lie in memory channels last.
+        micro_batch: The most examples of each model in one pass; None: a whole batch, `auto`: as many as fit.
     """
 
     run: RunOptions = field(default_factory=RunOptions)
     inline: bool = False
     models_per_trial: int | Literal["auto"] | None = None
     checkpoint_seconds: float = 300.0
+    compile: bool = False
+    cuda_graphs: bool = False
+    channels_last: bool = False
+    micro_batch: int | Literal["auto"] | None = None
+
+    @property
+    def execution(self) -> Execution:
+        """How each trial is run, on a device that is not known yet."""
+        processes = self.run.processes_per_model
+        return Execution(
+            threads=max(1, int(self.run.cpus_per_trial or processes) // processes),
+            checkpoint_seconds=self.checkpoint_seconds,
+            compile=self.compile,
+            cuda_graphs=self.cuda_graphs,
+            channels_last=self.channels_last,
+            micro_batch=self.micro_batch,
+            processes_per_model=processes,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,13 +113,13 @@ def launch(
         console: Where progress is shown; the standard error when None.
 
     Raises:
-        RequestError: The study, the directory or the resources cannot be used as asked.
+        RequestError: The study, the directory, the resources or the execution cannot be as asked.
         LeaseLost: Another driver took the directory over meanwhile.
     """
     options = options or LaunchOptions()
     console = console or Console(stderr=True)
     checked = read_study(study, overrides)
-    plan = make_plan(checked, options.models_per_trial)
+    plan = make_plan(checked, _largest_stack(options))
     options = replace(options, run=with_resources(options.run, checked.file.resources))
     with _disk_errors(results):
         directory = Results.create(results, checked.name)
@@ -107,13 +130,37 @@ def launch(
 
 
 def with_resources(run: RunOptions, own: Resources) -> RunOptions:
-    """Return the options with what they leave open taken from the study."""
+    """Return the options with what they leave open taken from the study.
+
+    Raises:
+        RequestError: Several processes share a model, and there are fewer GPUs than they are, but some.
+    """
     gpus = None if own.gpus_per_trial == "auto" else own.gpus_per_trial
-    return replace(
-        run,
-        cpus_per_trial=own.cpus_per_trial if run.cpus_per_trial is None else run.cpus_per_trial,
-        gpus_per_trial=gpus if run.gpus_per_trial is None else run.gpus_per_trial,
-    )
+    gpus = gpus if run.gpus_per_trial is None else run.gpus_per_trial
+    processes = run.processes_per_model
+    if processes > 1 and gpus is not None and 0 < gpus < processes:
+        raise RequestError(
+            f"--processes-per-model {processes}: each needs a GPU of its own, and a trial has {gpus:g}; give "
+            f"--gpus-per-trial {processes}, or 0 to stay on the CPU"
+        )
+    cpus = max(own.cpus_per_trial, processes) if run.cpus_per_trial is None else run.cpus_per_trial
+    return replace(run, cpus_per_trial=cpus, gpus_per_trial=gpus)
+
+
+def _largest_stack(options: LaunchOptions) -> int | Literal["auto"] | None:
+    """Return the largest stack that was asked for; several processes train one model at a time.
+
+    Raises:
+        RequestError: They were asked for larger ones.
+    """
+    processes, largest = options.run.processes_per_model, options.models_per_trial
+    if processes == 1:
+        return largest
+    if largest not in (None, 1):
+        raise RequestError(
+            f"--models-per-trial {largest}: --processes-per-model {processes} trains one model at a time; leave one out"
+        )
+    return 1
 
 
 def measure(
@@ -156,6 +203,7 @@ def measure(
             for row in rows:
                 settings = {name: row[name] for name in setting_names(row)}
                 trials.setdefault(row["trial_id"], []).append(Model(row["model_id"], settings))
+            check_sets(labels, [model for models in trials.values() for model in models])
             plan = Plan(
                 rows[0]["study"],
                 tuple(Trial(rows[0]["study"], tuple(models), labels) for models in trials.values()),
@@ -174,6 +222,8 @@ def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Co
     out_of_time = _run(results, before, options, console, lease, len(plan.models))
     results.clear_temporary()
     after = what_is_missing(results, plan)
+    for label, reason in refused(results, before).items():
+        console.print(f"{label} has no value: {reason}", style="yellow", markup=False, highlight=False)
     left = sum(len(trial.models) for trial in after.train)
     return Launched(
         results=results,
@@ -195,6 +245,18 @@ def what_is_missing(results: Results, plan: Plan) -> Missing:
     sharpness = results.table("sharpness")
     measured = zip(sharpness["model_id"].to_pylist(), sharpness["label"].to_pylist(), strict=True)
     return missing(plan, models, measured)
+
+
+def refused(results: Results, done: Missing) -> dict[str, str]:
+    """Return the measures that could not be taken of some of the models that were missing, and why."""
+    new = {model.model_id for trial in (*done.train, *done.measure) for model in trial.models}
+    rows = results.table("sharpness").select(["model_id", "label", "settings"]).to_pylist() if new else []
+    reasons = {
+        row["label"]: json.loads(row["settings"]).get("refused")
+        for row in rows
+        if row["model_id"] in new and '"refused"' in row["settings"]
+    }
+    return dict(sorted(reasons.items()))
 
 
 def write_plan(results: Results, plan: Plan, study: Study) -> None:
@@ -249,13 +311,12 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
     cost = estimate(trials)
     check_space(results, cost.bytes)
     order = sorted(range(len(trials)), key=lambda i: -(cost.seconds[i] or 0.0))  # the longest first: a short tail
-    threads = max(1, int(options.run.cpus_per_trial or 1))
-    execution = Execution(threads=threads, checkpoint_seconds=options.checkpoint_seconds)
-    jobs = [Job(trials[i], str(results.path), lease.token, execution) for i in order]
+    jobs = [Job(trials[i], str(results.path), lease.token, options.execution) for i in order]
     with Display(console, planned, planned - left) as display:
         if options.inline:
-            device = _inline_device(options.run)
-            jobs = [replace(job, execution=replace(execution, device=device)) for job in jobs]
+            execution = replace(options.execution, device=_inline_device(options.run))
+            execution.check_device()
+            jobs = [replace(job, execution=execution) for job in jobs]
             return run_inline(results, jobs, options.run, display)
         from flatmin.orchestrator.tune import run_on_ray  # ray is loaded when it is used
 

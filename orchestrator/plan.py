@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from flatmin.errors import RequestError
+from flatmin.labels import parse_label
 from flatmin.orchestrator.study import Study, read_study
 from flatmin.settings import Argument
 from flatmin.trial import Model, Trial
@@ -44,7 +46,11 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
     Args:
         study: The study.
         models_per_trial: The largest stack; the study's own choice when None.
+
+    Raises:
+        RequestError: A measure is asked of examples that are not held out.
     """
+    check_sets(study.measures, study.models)
     chosen = study.file.resources.models_per_trial if models_per_trial is None else models_per_trial
     largest = LARGEST_AUTO_STACK if chosen == "auto" else chosen
     groups: dict[tuple[Any, ...], list[Model]] = {}
@@ -56,6 +62,21 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
         for members in _even_parts(sorted(group, key=lambda model: model.model_id), largest)
     ]
     return Plan(study.name, tuple(trials))
+
+
+def check_sets(labels: Sequence[str], models: Sequence[Model]) -> None:
+    """Refuse measures on the validation set of models that have none.
+
+    Raises:
+        RequestError: There is one.
+    """
+    without = next((model for model in models if model.settings.get("val_size") == 0), None)
+    for label in labels:
+        if without is not None and parse_label(label).common["data"] == "val":
+            raise RequestError(
+                f"'{label}': model {without.model_id} holds no examples out (val_size = 0), so it has no 'val' set to "
+                "measure on; there are: train, test"
+            )
 
 
 def plan(study: str, overrides: Sequence[str] = (), models_per_trial: int | Literal["auto"] | None = None) -> Plan:

@@ -23,13 +23,15 @@ def write_report(results: str | Path, path: str | Path) -> Path:
     except (OSError, yaml.YAMLError):
         study = {}  # the title and the source go missing, the numbers do not; the next launch writes it again
     counts = status(opened)
+    models = opened.models()
     return report(
         study=study,
-        models=opened.models(),
+        models=models,
         epochs=opened.epochs(),
         sharpness=opened.sharpness(),
         spectra=opened.spectra(),
         path=path,
+        target="gen_gap" if models["gen_gap"].notna().any() else "loss_gap",  # a regression has no accuracy
         planned=counts.planned,
         failed=counts.failed,
     )

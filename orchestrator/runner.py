@@ -36,7 +36,9 @@ class RunOptions:
         time_budget: Seconds after which no work is started or gone on with, or None.
         address: The Ray cluster to join, or None for a private local one.
         cpus_per_trial: Cores of one trial; what the study says, or 1, when None.
-        gpus_per_trial: Share of a GPU of one trial; what the study says, or a whole one where there is any, when None.
+        gpus_per_trial: Share of a GPU of one trial; what the study says, or a whole one per process where there is any,
+            when None.
+        processes_per_model: Processes that train a model together, each on a GPU of its own where there are any.
     """
 
     max_failures: int = 3
@@ -44,6 +46,7 @@ class RunOptions:
     address: str | None = None
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
+    processes_per_model: int = 1
 
 
 def record_failure(results: Results, job: Job, error: str, traceback: str) -> int:

@@ -56,6 +56,7 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
             monitor.said(f"{lack} now; trials wait until it has grown")
         device = "cuda" if resources["gpu"] > 0 else "cpu"
         jobs = [replace(job, execution=replace(job.execution, device=device)) for job in jobs]
+        jobs[0].execution.check_device()
         failures: Counter[str] = Counter()
         left, stalled = list(jobs), 0
         while left and stalled <= options.max_failures:
@@ -72,8 +73,10 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
 
 def trial_resources(options: RunOptions, available: Mapping[str, float]) -> dict[str, float]:
     """Return the CPUs and GPUs of one trial on a cluster that has these."""
-    gpus = options.gpus_per_trial if options.gpus_per_trial is not None else min(1.0, available.get("GPU", 0.0))
-    return {"cpu": options.cpus_per_trial or 1.0, "gpu": gpus}
+    processes, there = float(options.processes_per_model), available.get("GPU", 0.0)
+    one_each = min(1.0, there) if processes == 1 else processes if there > 0 else 0.0
+    gpus = one_each if options.gpus_per_trial is None else options.gpus_per_trial
+    return {"cpu": options.cpus_per_trial or processes, "gpu": gpus}
 
 
 def shortage(resources: Mapping[str, float], available: Mapping[str, float]) -> str:

@@ -7,8 +7,9 @@ In the units of the metric, u with weights w + D u and |u| <= rho (L2, or L-infi
 s(g) = g / |g| or sign(g), eta = 2 rho at first, halved at a checkpoint where fewer than 3 of 4 steps since the last one
 went up, or where neither eta nor the best loss has changed; the climb then goes on from its best point. Checkpoints
 come after 22 % of the steps and then at intervals that shrink by 3 % each time, to 6 %. Source: Croce and Hein 2020,
-algorithm 1; used for weights by Andriushchenko et al. 2023, whose code takes its steps in Euclidean directions
-and mixes displacements where the algorithm mixes increments.
+algorithm 1; used for weights by Andriushchenko et al. 2023. Their code starts at the weights or at random, mixes
+displacements where the algorithm mixes increments, and with the L2 norm steps in Euclidean directions; its step with
+L-infinity is this one.
 
 What is found is a lower bound of the maximum, and how much it still gained over the last quarter of the steps says
 whether the climb had come to rest, not how far the maximum is.

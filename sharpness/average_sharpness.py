@@ -2,11 +2,11 @@
 
 average_sharpness = E[L(w + delta)] - L(w), delta ~ N(0, rho^2 diag(c^2)), with c = |w| in the default metric
 `element`, and c = 1 in `identity`; `sigma` is their rho. Source: Andriushchenko, Croce, Mueller, Hein and Flammarion
-2023, section 2 (S_avg). They take 20 draws on each of 8 batches of 128 examples; the mean over batches is the
+2023 (S_avg). They take 20 draws on each of 8 batches of 128 examples; the mean over batches is the
 value of their union, so that here the whole set is taken (`subset=1024` for theirs).
 
 With `normalise_logits` the loss is that of logits less their mean over the classes and divided by their norm (at least
-1e-10), as in that paper, so that a network cannot seem sharp because its logits are large.
+1e-10), as in that paper's code, so that a network cannot seem sharp because its logits are large.
 
 With `element` and ReLU networks it does not change when a unit's incoming weights grow and its outgoing ones shrink.
 """

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from flatmin.errors import FlatminError
-from flatmin.sharpness.guards import activations, check_losses, check_network
+from flatmin.errors import RequestError
+from flatmin.sharpness.guards import activations, check_losses, check_network, second_derivatives
 from flatmin.sharpness.losses import PerExample, cross_entropy
 from flatmin.sharpness.metric import Metric, scale
-from flatmin.sharpness.sampling import cut, pieces, side_by_side, take
-from flatmin.stack import Batch, StackedNetwork, Streams, normal, permutation, rademacher, stream_key
+from flatmin.sharpness.models import Models
+from flatmin.sharpness.sampling import cut, take
+from flatmin.stack import Batch, StackedNetwork
 
 LOSS_PASSES = 1.0
 GRADIENT_PASSES = 2.0
@@ -39,7 +38,9 @@ plenty."""
 
 _SAVED_PER_ACTIVATION = 8
 _LEAST_GRAPH_BYTES = 2**28
-_VECTORS_PER_GROUP = 128
+_TRIED = 32
+"""Examples that a loss is tried on."""
+
 _VECTORS_PER_GRAPH, _COPIES = 8, 8
 """Vectors that share a graph which is built anew, and how many tensors as large as they are a caller holds."""
 
@@ -50,7 +51,7 @@ TangentFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`function(outputs, tangents, targets)`, the tangents in the outputs' shape, returns `[n]`."""
 
 
-class Engine:
+class Engine(Models):
     """K models of one network, seen as K functions from weights to the mean loss over a set of examples.
 
     Args:
@@ -65,10 +66,11 @@ class Engine:
         loss: The loss of single examples.
         sets: Other sets of examples by name (`val`, `test`), for measures that are asked of them.
         memory: Bytes that kept graphs and a Krylov basis may take, each.
+        population: How many examples there are, where the batches are a sample of them; all by default.
 
     Raises:
         ValueError: No examples, or shapes that do not fit together.
-        FlatminError: The network or the loss cannot be measured: it is random in eval mode, does not depend on
+        RequestError: The network or the loss cannot be measured: it is random in eval mode, does not depend on
             the weights, mixes examples, or lies on another device than they do.
     """
 
@@ -85,71 +87,27 @@ class Engine:
         loss: PerExample = cross_entropy,
         sets: Mapping[str, Sequence[Batch]] | None = None,
         memory: int = 2**31,
+        population: int | None = None,
     ) -> None:
-        if params.dim() != 2 or params.shape[1] != network.n_params:
-            raise ValueError(f"weights must be [K, {network.n_params}], got {tuple(params.shape)}")
-        if initial is not None and initial.shape != params.shape:
-            raise ValueError(f"initial weights must be {list(params.shape)}, got {tuple(initial.shape)}")
-        if keys.shape != params.shape[:1] or keys.dtype != torch.int64:
-            raise ValueError(f"keys must be int64 [{len(params)}], got {keys.dtype} {tuple(keys.shape)}")
-        self.network = network
-        self.params = _widen(params.detach())
-        self.buffers = {name: _widen(buffer) for name, buffer in buffers.items()}
-        self.keys = keys.to(params.device)
+        super().__init__(
+            network,
+            params,
+            buffers,
+            batches,
+            keys,
+            initial=initial,
+            no_initial=no_initial,
+            sets=sets,
+            memory=memory,
+            population=population,
+        )
         self.loss = loss
-        self.memory = memory
-        self._initial = None if initial is None else _widen(initial.detach())
-        self._no_initial = no_initial
-        self._sets = dict(sets or {})
-        self._take_on(batches)
-        self.population = self.n_examples
-        """Examples in the whole set, of which a subset has `n_examples`."""
+        check_network(network.template)
         self._check()
-        x = batches[0].x if batches[0].shared else batches[0].x[0]
+        batch = self.batches[0]
+        x = batch.x if batch.shared else batch.x[0]
         self._per_example = activations(network.template, x) * self.params.element_size()
         self._begin()
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-    @property
-    def n_params(self) -> int:
-        """Weights of one model, d."""
-        return self.network.n_params
-
-    @property
-    def device(self) -> torch.device:
-        """Where the models are."""
-        return self.params.device
-
-    @property
-    def is_subset(self) -> bool:
-        """Whether the examples are a part of the set, drawn at random."""
-        return self.n_examples < self.population
-
-    def select(self, index: Tensor) -> Engine:
-        """Return an engine of some of the models, int64 `[n]`; each keeps its random stream."""
-        chosen = self._of_rows(index, [batch.select(index) for batch in self.batches])
-        chosen._sets = {name: [batch.select(index) for batch in own] for name, own in self._sets.items()}
-        return chosen
-
-    def on(self, name: str) -> Engine:
-        """Return an engine of the same models on another set of examples; `train` is this one's.
-
-        Raises:
-            FlatminError: There is no such set.
-        """
-        if name == "train":
-            return self
-        if name not in self._sets:
-            raise FlatminError(
-                f"there is no '{name}' set to measure on; there are: {', '.join(['train', *self._sets])}"
-            )
-        other = copy.copy(self)
-        other._take_on(self._sets[name])
-        other.population = other.n_examples
-        other._begin()
-        return other
 
     def with_loss(self, loss: PerExample) -> Engine:
         """Return an engine of the same models with another loss."""
@@ -158,56 +116,6 @@ class Engine:
         other._check()
         other._begin()
         return other
-
-    def sample(self, count: int) -> Engine:
-        """Return an engine on `count` of the examples, or this one when there are no more.
-
-        They are drawn without replacement by a stream of the model's key, so that every measure of a model sees the
-        same ones, and a larger sample holds a smaller one.
-        """
-        if count >= self.n_examples:
-            return self
-        tag = stream_key("subset")
-        orders = {key: permutation(key ^ tag, self.n_examples)[:count] for key in set(self.keys.tolist())}
-        index = torch.stack([orders[key] for key in self.keys.tolist()]).to(self.device)
-        size = max(batch.y.shape[1] for batch in self.batches)
-        other = copy.copy(self)
-        other._take_on([take(self.batches, part, alike=len(orders) == 1) for part in torch.split(index, size, dim=1)])
-        other._begin()
-        return other
-
-    def groups(self, count: int, wanted: range | None = None) -> Iterator[Engine]:
-        """Yield engines on disjoint groups of the examples, `count` groups in all, each of n // count examples.
-
-        An engine holds g groups as g K models, model k of group j in row j K + k: as many at once as their
-        Krylov spaces fit in memory.
-
-        Args:
-            count: How many groups there are.
-            wanted: The consecutive groups that are asked for; all of them by default.
-        """
-        size, every = self.n_examples // count, torch.arange(len(self), device=self.device)
-        numbers = torch.arange(count * size, device=self.device).reshape(count, 1, size).expand(-1, len(self), -1)
-        chosen = numbers if wanted is None else numbers[wanted.start : wanted.stop]
-        for first, number in pieces(len(chosen), self.memory // (8 * len(self) * self.n_params * _VECTORS_PER_GROUP)):
-            each = [take(self.batches, index, alike=True) for index in chosen[first : first + number]]
-            yield self._of_rows(every.repeat(number), [side_by_side(each)])
-
-    def initial_weights(self) -> Tensor:
-        """Return the weights that training started from, `[K, d]`.
-
-        Raises:
-            FlatminError: They are not known.
-        """
-        if self._initial is None:
-            raise FlatminError(f"the initial weights are needed, {self._no_initial}")
-        return self._initial
-
-    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what an earlier measure of this engine has made under a key, making it if none has."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
 
     def scale(self, metric: Metric) -> Tensor:
         """Return the metric's diagonal D at the trained weights, float64 `[K, d]`."""
@@ -300,9 +208,10 @@ class Engine:
                 at, grad = self._graph(first, number)
                 if not grad.requires_grad:
                     continue
-                for s in range(len(vectors)):
-                    (product,) = torch.autograd.grad(grad, at, narrow[s, rows], retain_graph=True)
-                    result[s, rows] += product
+                with second_derivatives():
+                    for s in range(len(vectors)):
+                        (product,) = torch.autograd.grad(grad, at, narrow[s, rows], retain_graph=True)
+                        result[s, rows] += product
         return result
 
     @torch.no_grad()
@@ -349,7 +258,8 @@ class Engine:
                 stop = start + own.y.shape[1]
                 outputs, pulled, u = self._pullback(index, own)
                 for s in range(len(vectors)):
-                    (tangents,) = torch.autograd.grad(pulled, u, narrow[s, index], retain_graph=True)
+                    with second_derivatives():
+                        (tangents,) = torch.autograd.grad(pulled, u, narrow[s, index], retain_graph=True)
                     flat = (part.flatten(0, 1) for part in (outputs, tangents, own.y))
                     result[s, index, start:stop] = function(*flat).detach().double().reshape(own.y.shape[:2])
                 start = stop
@@ -371,18 +281,6 @@ class Engine:
 
         return self.per_example_along(vectors, slope, active)
 
-    def vectors(self, kind: Literal["normal", "rademacher"], stream: str, first: int, count: int) -> Tensor:
-        """Return random vectors, float64 `[count, K, d]`: numbers `first`, `first + 1`, ... of a stream.
-
-        A vector is a function of the model's key, the stream's name and its number alone. Measures that name
-        the same stream share their vectors, so their values are paired.
-        """
-        source = normal if kind == "normal" else rademacher
-        tag = self.keys ^ stream_key(stream)
-        keys = torch.cat([Streams(tag, step).keys for step in range(first, first + count)])
-        drawn: Tensor = vmap(lambda key: source(key, (self.n_params,)))(keys)
-        return drawn.reshape(count, len(self), self.n_params)
-
     def portions(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Cut `count` vectors per model, from number `first` on, into (first, count) that fit in memory.
 
@@ -395,38 +293,9 @@ class Engine:
         for start in range(first, first + count, most):
             yield start, min(most, first + count - start)
 
-    def _of_rows(self, index: Tensor, batches: Sequence[Batch]) -> Engine:
-        """Return an engine of models `index`, which may repeat, on examples of their own."""
-        other = copy.copy(self)
-        other.params, other.keys = self.params[index], self.keys[index]
-        other.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
-        other._initial = None if self._initial is None else self._initial[index]
-        other._sets = {}
-        other._take_on(batches)
-        other._begin()
-        return other
-
-    def _take_on(self, batches: Sequence[Batch]) -> None:
-        """Take the examples, widened.
-
-        Raises:
-            ValueError: There are none, or not of every model.
-            FlatminError: They are on another device than the weights.
-        """
-        self.n_examples = sum(batch.y.shape[1] for batch in batches)
-        if self.n_examples == 0:
-            raise ValueError("there are no examples to measure on")
-        if any(len(batch.y) != len(self.params) for batch in batches):
-            raise ValueError(f"every batch must hold labels of all {len(self.params)} models")
-        for tensor in [tensor for batch in batches for tensor in (batch.x, batch.y)]:
-            if tensor.device != self.device:
-                raise FlatminError(
-                    f"examples are on the device '{tensor.device}' and the weights on '{self.device}'; move one of them"
-                )
-        self.batches = [Batch(_widen(batch.x), batch.y, batch.shared) for batch in batches]
-
     def _begin(self) -> None:
         """Plan how the examples go through the network, with nothing made yet."""
+        super()._begin()
         most = max(1, int(max(self.memory, _LEAST_GRAPH_BYTES) // (self._per_example * _SAVED_PER_ACTIVATION)))
         self.batches = [part for batch in self.batches for part in cut(batch, most)]
         largest = max(batch.y.shape[1] for batch in self.batches)
@@ -436,18 +305,23 @@ class Engine:
         everything = len(self) * self.n_examples * self._per_example * _SAVED_PER_ACTIVATION
         self._keeps_graphs = everything <= self.memory
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._shared: dict[Any, Any] = {}
 
     def _check(self) -> None:
         first = torch.zeros(1, dtype=torch.int64, device=self.device)
-        (batch, *_) = cut(self.batches[0].select(first), 2)
 
-        def losses(at: Tensor) -> tuple[Tensor, Tensor]:
+        def losses(at: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
             outputs = self._outputs(at, first, batch)
             return outputs, self._losses(outputs, batch.y)
 
-        check_network(self.network.template)
-        check_losses(losses, self.params[:1])
+        check_losses(losses, self.params[:1], self._some().select(first))
+
+    def _some(self) -> Batch:
+        """Return a few examples, two at least where batches can be that large."""
+        one, *others = self.batches[:2]
+        if one.y.shape[1] == 1 and others and one.x.shape == others[0].x.shape:
+            pair = torch.arange(2, device=self.device).expand(len(self), -1)
+            return take([one, *others], pair, alike=True)
+        return cut(max(self.batches, key=lambda batch: min(2, batch.y.shape[1])), _TRIED)[0]
 
     def _chosen(self, active: Tensor | None) -> Tensor:
         every = torch.arange(len(self), device=self.device)
@@ -466,10 +340,12 @@ class Engine:
         """Return the loss of every example, `[K, b]`."""
         losses = self.loss(outputs.flatten(0, 1), targets.flatten(0, 1))
         if losses.shape != (targets.shape[0] * targets.shape[1],):
-            raise FlatminError(
+            raise RequestError(
                 f"the loss must give one number per example: [{targets.shape[0] * targets.shape[1]}], not "
                 f"{list(losses.shape)}; see flatmin.sharpness.losses.per_example"
             )
+        if losses.is_complex():
+            raise RequestError("the loss is complex, and a minimum is of a real one")
         return losses.reshape(targets.shape[:2])
 
     def _sum_of_losses(self, points: Tensor, index: Tensor, batch: Batch) -> Tensor:
@@ -519,7 +395,3 @@ class Engine:
             for number in range(len(self.batches)):
                 result[first : first + self._rows] += self._graph(first, number)[1].detach()
         return result
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor

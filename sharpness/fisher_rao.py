@@ -57,9 +57,11 @@ def fisher_rao(
     if fisher == "empirical":
         return exact(engine.slopes(w)[0].square().mean(dim=1).cpu(), passes=TANGENT_PASSES)
 
+    of_the_set = _two_targets(engine)
+
     def curvature(outputs: Tensor, tangents: Tensor, targets: Tensor) -> Tensor:
         along = _curvature(engine, outputs, tangents, targets)
-        _check(along, _curvature(engine, outputs, tangents, targets.roll(1, 0)))
+        _check(along, _curvature(engine, outputs, tangents, _others(outputs, targets, of_the_set)))
         return along
 
     return exact(engine.per_example_along(w, curvature)[0].mean(dim=1).cpu(), passes=TANGENT_PASSES)
@@ -74,6 +76,35 @@ def _curvature(engine: Engine, outputs: Tensor, tangents: Tensor, targets: Tenso
             return torch.zeros_like(tangents.flatten(1)[:, 0])
         (product,) = torch.autograd.grad((grad * tangents).sum(), at)
     return (product * tangents).flatten(1).sum(dim=1)
+
+
+def _two_targets(engine: Engine) -> Tensor:
+    """Return the first target of the examples and the first that differs from it, `[2, ...]`, or `[1, ...]`."""
+    targets = torch.cat([batch.y.flatten(0, 1) for batch in engine.batches])
+    others = targets[(targets != targets[0]).reshape(len(targets), -1).any(dim=1)]
+    return torch.cat([targets[:1], others[:1]])
+
+
+def _others(outputs: Tensor, targets: Tensor, of_the_set: Tensor) -> Tensor:
+    """Return another target for every example, whatever its batch: the next class, or another of the set's.
+
+    Where all targets of a set are one and no class, a half is moved from each one's second number to its first, which
+    keeps the sum of probabilities.
+
+    Args:
+        outputs: `[n, ...]`.
+        targets: `[n, ...]`.
+        of_the_set: Two targets that differ, or the only one.
+    """
+    if not targets.is_floating_point() and targets.dim() == outputs.dim() - 1:
+        return torch.where(targets < 0, targets, (targets + 1) % outputs.shape[1])
+    if len(of_the_set) == 2:
+        first, second = of_the_set
+        same = (targets == first).reshape(len(targets), -1).all(dim=1)
+        return torch.where(same.reshape(-1, *[1] * (targets.dim() - 1)), second, first)
+    moved = targets.double().reshape(len(targets), -1)
+    moved[:, :2] += torch.tensor([0.5, -0.5], dtype=moved.dtype, device=moved.device)[: moved.shape[1]]
+    return moved.reshape(targets.shape).to(targets.dtype)
 
 
 def _check(own: Tensor, of_other_labels: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The norm of the loss's gradient, |D grad L(w)|, in nats per unit of the metric.
 
-Deterministic. The first-order sharpness of SAM is rho times this (Foret et al. 2021, section 2); a squared norm is
-what Zhao, Zhang and Hu 2022 penalise. It is zero at every minimum, flat or sharp, so that it says how far training
-has come rather than how flat the place is.
+Deterministic. The first-order sharpness of SAM is rho times this (Foret et al. 2021), and Zhao, Zhang and Hu 2022
+penalise it. It is zero at every minimum, flat or sharp, so that it says how far training has come rather than how flat
+the place is.
 """
 
 from __future__ import annotations

@@ -3,55 +3,147 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatmin.errors import FlatminError
+from flatmin.errors import FlatminError, RequestError
+from flatmin.sharpness.sampling import cut
+from flatmin.stack import Batch, normal, stream_key
 
 _BATCH_STATISTICS = nn.modules.batchnorm._BatchNorm
+
+_AGREE = {torch.float64: 1e-7, torch.float32: 1e-3}
+_ROUGHLY = 0.03
+"""How much the outputs of an example may differ between batches, as a share of the largest: rounding, and that of TF32
+and of shorter formats."""
+
+_SIZES = (0.01, 0.1, 1.0)
+"""Standard deviations of random weights: at one of them a network is neither dead nor certain of every example."""
+
+Losses = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
+"""From weights `[1, d]` and a batch to (outputs, losses)."""
 
 
 def check_network(template: nn.Module) -> None:
     """Refuse a network whose output for one example depends on the others in eval mode.
 
     Raises:
-        FlatminError: It has a layer that always normalises by the batch.
+        RequestError: It has a layer that always normalises by the batch.
     """
     for path, module in template.named_modules():
         if isinstance(module, _BATCH_STATISTICS) and module.running_mean is None:
-            raise FlatminError(
+            raise RequestError(
                 f"the layer '{path}' normalises by the batch in eval mode too (track_running_stats=False), so the loss "
                 "is not a mean over examples"
             )
 
 
-def check_losses(losses: Callable[[Tensor], tuple[Tensor, Tensor]], params: Tensor) -> None:
-    """Try a network and its loss on a few examples, twice.
+def check_losses(losses: Losses, params: Tensor, batch: Batch) -> None:
+    """Try a network and its loss on two examples: together, again, and one by one.
 
     Args:
-        losses: From weights to (outputs, losses).
+        losses: The network and its loss.
         params: The weights to try, `[1, d]`.
+        batch: Examples of one model, of which those of the first are taken; two or more where there are so many.
 
     Raises:
-        FlatminError: The network fails on the examples, is random, or its loss has nothing to do with the weights.
+        RequestError: The network fails on the examples, is random, mixes them, or its loss has nothing to do with the
+            weights.
     """
+    (pair, *_) = cut(batch, 2)
     with generators_kept(params.device), torch.enable_grad():
         at = params.clone().requires_grad_()
-        try:
-            (outputs, found), (again, _) = losses(at), losses(at)
-        except (MemoryError, torch.OutOfMemoryError, FlatminError):
+        with _explained("the network cannot be evaluated on the examples"):
+            (outputs, found), (again, _) = losses(at, pair), losses(at, pair)
+        if not bool(((outputs == again) | (outputs.isnan() & again.isnan())).all()):
+            raise RequestError(
+                "the network gives the same examples two different outputs in eval mode: it is random (is dropout left "
+                "on?)"
+            )
+        with _explained("the network cannot be evaluated on one example alone, as if it mixed those of a batch"):
+            alone = torch.cat([losses(at, single)[0] for single in cut(pair, 1)], dim=1)
+        _check_alike(outputs.detach(), alone.detach())
+        if not found.requires_grad:
+            what = "loss" if outputs.requires_grad else "network's output"
+            raise RequestError(f"the {what} does not depend on the weights, so there is no minimum to measure")
+        _check_slope(losses, params, pair, batch)
+
+
+def _check_alike(together: Tensor, alone: Tensor) -> None:
+    """Refuse outputs of examples that depend on which others are beside them.
+
+    Raises:
+        RequestError: They do.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest" and not together.is_cuda
+    tolerance = _AGREE.get(together.dtype, _ROUGHLY) if exact or together.dtype == torch.float64 else _ROUGHLY
+    alike = together.shape == alone.shape
+    if alike:
+        finite = together.isfinite() & alone.isfinite()
+        wide, other = (torch.where(finite, part, 0.0).double() for part in (together, alone))
+        alike = bool(((wide - other).abs() <= tolerance * wide.abs().amax()).all())
+    if not alike:
+        raise RequestError(
+            "the network's output for an example depends on the others of its batch in eval mode (does a layer "
+            "normalise or average over the batch?), so the loss is not a mean over examples"
+        )
+
+
+def _check_slope(losses: Losses, params: Tensor, pair: Batch, batch: Batch) -> None:
+    """Refuse a loss that is flat at the weights, and at random ones too.
+
+    A dead network is flat at its weights, and so is one that is certain of the examples; at other weights they are not.
+
+    Raises:
+        RequestError: It is flat everywhere.
+    """
+    drawn = (size * normal(stream_key("slope"), tuple(params.shape)).to(params) for size in _SIZES)
+    for at, examples in chain([(params, pair)], zip(drawn, repeat(batch))):
+        point = at.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(losses(point, examples)[1].sum(), point)
+        if bool((slope != 0).any()):
+            return
+    raise RequestError(
+        "the gradient of the loss is exactly zero at the weights and at random ones, so the loss does not depend on "
+        "the weights, and there is no minimum to measure"
+    )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what user code raises into a message."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, FlatminError):
+        raise
+    except Exception as error:
+        raise RequestError(f"{what}: {error}") from error
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Say what to do where a layer has no second derivative.
+
+    Raises:
+        RequestError: It has none.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" not in str(error):
             raise
-        except Exception as error:
-            raise FlatminError(f"the network cannot be evaluated on the examples: {error}") from error
-    if not bool(((outputs == again) | (outputs.isnan() & again.isnan())).all()):
-        raise FlatminError("the network gives the same examples two different outputs in eval mode: it is random")
-    if not found.requires_grad:
-        what = "loss" if outputs.requires_grad else "network's output"
-        raise FlatminError(f"the {what} does not depend on the weights, so there is no minimum to measure")
+        hint = ""
+        if "attention" in str(error):
+            hint = (
+                "; the plain implementation of attention has one: measure within "
+                "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+            )
+        raise RequestError(f"the network has no second derivative: {error}{hint}") from error
 
 
 def activations(template: nn.Module, x: Tensor) -> int:

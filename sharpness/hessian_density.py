@@ -39,7 +39,7 @@ from flatmin.sharpness.quadrature import BIAS_SHARE, Nodes, Quadrature, shorter
 
 _ROUND = 8
 _ENOUGH_STEPS = 32
-"""On ReLU networks (n = 2 of 400 and 1264 weights) 8 steps see no negative curvature at all, so that shorter runs agree."""
+"""On ReLU networks (n = 2 of 400 and 1264 weights) 8 steps see no negative curvature, so that shorter runs agree."""
 
 _BEYOND = 6.0
 _POINTS_PER_WIDTH = 2

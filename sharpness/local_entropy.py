@@ -2,7 +2,7 @@
 
 local_entropy = -log E[exp(-L(w + D u))],  u ~ N(0, I / gamma),
 
-which is -log of the integral of exp(-L(w') - gamma |w - w'|^2 / 2) over w' (Chaudhari et al. 2017, equation 3)
+which is -log of the integral of exp(-L(w') - gamma |w - w'|^2 / 2) over w' (Chaudhari et al. 2017)
 divided by the Gaussian's own, (2 pi / gamma)^(d/2). `normaliser=volume` leaves that factor in, as the equation has
 it: then (d / 2) log(2 pi / gamma) is subtracted, and the value says little but how many weights d a network has.
 Within one architecture the two differ by a constant.
@@ -10,9 +10,9 @@ Within one architecture the two differ by a constant.
     value = -logsumexp(-L_k) + log K - r^2 / 2,    stderr = r,
 
 r the relative standard error of the mean of exp(-L_k) (delta method, which also gives the bias taken off). Where the
-losses L_k spread over several nats, a few small ones carry the mean and r is too small, so such a value never counts as
-converged; `lpf`, which it comes near to where they do not, is then the sounder number. The draws of a given deviation are
-those of `lpf`.
+losses L_k spread over several nats, a few small ones carry the mean and r is too small, so that such a value never
+counts as converged; `lpf`, which it comes near to where they do not, is then the sounder number. The draws of a given
+deviation are those of `lpf`.
 
 The code of Bisla et al. 2022 differs from its formula in three ways: exp(+L) in place of exp(-L), a deviation of 1 /
 gamma in place of 1 / sqrt(gamma), and log(gamma) / 2 in place of d log(gamma) / 2 in the normaliser.
@@ -36,8 +36,8 @@ from flatmin.sharpness.estimate import FEWEST, Estimate
 from flatmin.sharpness.smoothed import noisy_losses, smoothed_mean
 
 _MOST_SPREAD = math.log(4)
-"""Variance of the losses up to which the draws are worth a quarter of their number or more: normal losses of variance s^2
-make the weights exp(-L) of K draws worth K exp(-s^2) equal ones."""
+"""Variance of the losses up to which the draws are worth a quarter of their number or more: normal losses of variance
+s^2 make the weights exp(-L) of K draws worth K exp(-s^2) equal ones."""
 
 
 def local_entropy(

@@ -5,7 +5,7 @@ mu_LE = E[gamma |mu|], mu <- alpha mu + (1 - alpha) u over the steps of a chain 
     u <- u - eta (D grad L_B(w + D u) + gamma u) + sqrt(2 eta) eps N(0, I),
 
 in nats per unit of the metric; the expectation is over the noise and over random batches B of `batch` examples, each
-of which serves a whole chain. `batch=none` takes the whole set. Source: Chaudhari et al. 2017, equation 7 and algorithm
+of which serves a whole chain. `batch=none` takes the whole set. Source: Chaudhari et al. 2017, algorithm
 1 (whose steps each take a batch of their own, and whose noise is sqrt(eta) eps); as a measure Bisla et al. 2022, mu_LE,
 with 20 steps, eta = 0.1, eps = 1e-4, gamma = 1e-4, alpha = 0.75 and every batch of the training set once.
 

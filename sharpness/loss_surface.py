@@ -59,7 +59,7 @@ def loss_surface(
     """Largest rise of the training loss within a slice of its surface, in nats; the slice itself goes to `spectra/`.
 
     A random direction is one draw, whose luck is not in the stderr, which is 0. `converged` says that the eigenvectors,
-    where they are asked for, have been found. `samples` are losses and Hessian-vector products.
+    where they are asked for, have been found; else there is no stderr. `samples` are losses and products.
 
     Args:
         engine: The models.
@@ -82,16 +82,16 @@ def loss_surface(
     inside = places.norm(dim=1) <= reach * _INSIDE
     rise = values[inside].amax(dim=0) - centre
     defined = values[inside].isfinite().all(dim=0)
-    value = torch.where(defined, rise, torch.nan).cpu()
+    value, found = torch.where(defined, rise, torch.nan).cpu(), chosen.found.cpu()
     x = places.T[:, None].expand(-1, len(engine), -1).cpu()
     curve = Curve("surface", x[0], values.T.cpu(), x[1] if dimensions == 2 else None)
     products = chosen.products.cpu()
     return Estimate(
         value,
-        0.0 * value,
+        torch.where(found, 0.0 * value, torch.nan),
         len(places) + products,
         LOSS_PASSES * len(places) + PRODUCT_PASSES * products.double(),
-        value.isfinite() & chosen.found.cpu(),
+        value.isfinite() & found,
         [curve],
     )
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from flatmin.errors import FlatminError
+from flatmin.errors import RequestError
 from flatmin.settings import Setting
 from flatmin.sharpness.engine import LOSS_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate, exact
@@ -42,7 +42,7 @@ def margin(
         inverse_squared: Whether to return 1 / margin^2.
 
     Raises:
-        FlatminError: The network has no outputs by class, or the targets are no classes.
+        RequestError: The network has no outputs by class, or the targets are no classes.
     """
     margins = engine.per_example(_margins)
     rank = percentile / 100 * (engine.n_examples - 1)
@@ -58,7 +58,7 @@ def margin(
 def _margins(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the margin of each example, `[n]`, from logits `[n, classes]` and classes `[n]`."""
     if outputs.dim() != 2 or outputs.shape[1] < 2 or targets.dim() != 1 or targets.is_floating_point():
-        raise FlatminError(
+        raise RequestError(
             f"a margin needs outputs [n, classes] and a class for each example, not {list(outputs.shape)} and "
             f"{targets.dtype} {list(targets.shape)}"
         )

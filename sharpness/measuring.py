@@ -1,8 +1,8 @@
 """From labels to rows: measure a stack and write down what was found.
 
 A measure of a subset of m of n examples (`lpf(subset=2000)`) is taken again on G = 16 disjoint groups of m / G of them,
-with the first of the same random vectors and no more than a rough tolerance asks for, so that all groups together cost no more
-than the subset. With V the variance of the groups' values,
+with the first of the same random vectors and no more than a rough tolerance asks for, so that all groups together cost
+no more than the subset. With V the variance of the groups' values,
 
     sampling error^2 = V / G (1 - m / n) + b^2,    b = (mean of the groups - value) / (G - 1) (1 - m / n),
 
@@ -34,7 +34,7 @@ from flatmin.sharpness.subject import subject
 GROUPS = 16
 
 _ROUGH = 0.2
-"""The tolerance of a group's value: groups are compared among themselves, and share the noise of their random vectors."""
+"""The tolerance of a group's value: groups are compared among themselves, and share the noise of their vectors."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flatmin.sharpness.tensors import first_names
 from flatmin.stack import StackedNetwork
 
 Metric = Literal["identity", "filter", "element"]
@@ -29,7 +30,8 @@ def scale(network: StackedNetwork, params: Tensor, metric: Metric) -> Tensor:
         params: Weights `[K, d]`.
         metric: `identity`: 1. `element`: |w|. `filter`: ||w_j|| + |b_j| for every weight and the bias of
             filter (row) j of a convolution or linear layer, |gamma| + |beta| for both of a channel of a
-            normalisation layer, and the norm of the whole tensor for any other parameter.
+            normalisation layer, and the norm of the whole tensor for any other parameter. What modules share is
+            scaled as the first of them has it.
 
     Raises:
         ValueError: There is no such metric.
@@ -41,14 +43,14 @@ def scale(network: StackedNetwork, params: Tensor, metric: Metric) -> Tensor:
         return wide.abs()
     if metric != "filter":
         raise ValueError(f"there is no metric '{metric}'; valid: identity, filter, element")
-    views = network.views(wide)
+    views, first = network.views(wide), first_names(network.template)
     scales: dict[str, Tensor] = {}
     for path, module in network.template.named_modules():
         prefix = f"{path}." if path else ""
-        own = {
-            name: views[prefix + name] for name, _ in module.named_parameters(recurse=False) if prefix + name in views
-        }
-        scales.update({prefix + name: value for name, value in _of_module(module, own).items()})
+        names = {name: first[prefix + name] for name, _ in module.named_parameters(recurse=False)}
+        own = {name: views[whole] for name, whole in names.items() if whole in views}
+        for name, value in _of_module(module, own).items():
+            scales.setdefault(names[name], value)
     return torch.cat([scales[name].expand_as(views[name]).flatten(1) for name in network.names], dim=1)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from flatmin.sharpness.measuring import Measured, measure_all
 from flatmin.stack import Batch, StackedNetwork, stream_key
 
 Loss = str | Callable[[Tensor, Tensor], Tensor]
+Vectorize = Literal["auto", "vmap", "loop"]
 Data = tuple[Tensor, Tensor] | Iterable[Sequence[Tensor]]
 """Inputs and targets, or batches of them (a DataLoader)."""
 
@@ -35,13 +38,14 @@ def measure(
     sets: Mapping[str, Data] | None = None,
     seed: int = 0,
     memory: int = 2**31,
-    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+    vectorize: Vectorize = "auto",
 ) -> pd.DataFrame:
     """Measure one model.
 
-    The model is measured in eval mode, whatever its mode is, and with regard to all its parameters. It is left bit for
-    bit as it was, and so are the generators of torch, numpy and Python. The data are read once and kept on the model's
-    device.
+    The model is measured in eval mode, whatever its mode is. Its weights are the parameters that require gradients, or
+    all of them where none does (`requires_grad_(False)` after loading); frozen ones are a fixed part of the network,
+    which nothing displaces or counts, as buffers are. The model is left bit for bit as it was, and so are the
+    generators of torch, numpy and Python. The data are read once and kept on the model's device.
 
     Args:
         model: The model, trained.
@@ -61,8 +65,9 @@ def measure(
         seconds and settings; see docs/tables.md.
 
     Raises:
-        RequestError: There is no such measure or loss, or the examples are none.
-        FlatminError: The network or the loss cannot be measured; the message says why.
+        RequestError: There is no such measure or loss, the examples are none, or the network or the loss cannot be
+            measured; the message says why.
+        FlatminError: A measure failed.
 
     >>> model = nn.Linear(2, 2)
     >>> x, y = torch.randn(100, 2), torch.randint(2, (100,))
@@ -84,7 +89,7 @@ def curves(
     sets: Mapping[str, Data] | None = None,
     seed: int = 0,
     memory: int = 2**31,
-    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+    vectorize: Vectorize = "auto",
 ) -> pd.DataFrame:
     """Return the curves that measures of one model find beside their values; arguments and errors as `measure` has.
 
@@ -105,7 +110,7 @@ def surface_between(
     points: int = 21,
     reach: float = 0.5,
     memory: int = 2**31,
-    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+    vectorize: Vectorize = "auto",
 ) -> pd.DataFrame:
     """Return the loss along the straight line between two models of one network, at (1 - x) first + x second.
 
@@ -128,12 +133,12 @@ def surface_between(
         the table `spectra/`.
 
     Raises:
-        RequestError: The two are not of one network, or the examples are none.
-        FlatminError: The network or the loss cannot be measured; the message says why.
+        RequestError: The two are not of one network, the examples or points are none, or the network or the loss cannot
+            be measured; the message says why.
     """
-    if next(first.parameters(), None) is None:
-        raise RequestError("the network has no parameters, so there is no line between two of it")
-    device = next(first.parameters()).device
+    if points < 2 or not 0 <= reach < math.inf:
+        raise RequestError(f"points = {points}, reach = {reach:g}: should be 2 points or more, and 0 or more")
+    first, device = _trained(first), _device(first, memory, vectorize)
     with _undisturbed(device):
         network = StackedNetwork(first, vectorize)
         start, near = StackedNetwork.stack([first])
@@ -189,29 +194,70 @@ def _measured(
     sets: Mapping[str, Data] | None,
     seed: int,
     memory: int,
-    vectorize: Literal["auto", "vmap", "loop"],
+    vectorize: Vectorize,
 ) -> Measured:
-    if isinstance(measures, str):
-        raise RequestError(f"measures is a list of labels; write [{measures!r}]")
-    first = next(model.parameters(), None)
-    if first is None:
-        raise RequestError("the network has no parameters, so there is no minimum to measure")
-    with _undisturbed(first.device):
+    _check_labels(measures)
+    model, device = _trained(model), _device(model, memory, vectorize)
+    with _undisturbed(device):
         network = StackedNetwork(model, vectorize)
         params, buffers = StackedNetwork.stack([model])
         engine = Engine(
             network,
             params,
             buffers,
-            _batches(data, first.device),
-            torch.tensor([stream_key("measure", seed)], device=first.device),
-            initial=None if initial is None else _flat(initial, network).to(first.device)[None],
+            _batches(data, device),
+            torch.tensor([stream_key("measure", seed)], device=device),
+            initial=None if initial is None else _flat(initial, network).to(device)[None],
             loss=per_example(loss),
-            sets={name: _batches(own, first.device) for name, own in (sets or {}).items()},
+            sets={name: _batches(own, device) for name, own in (sets or {}).items()},
             memory=memory,
         )
         _check_loss(engine, loss)
         return measure_all(engine, measures)
+
+
+def _check_labels(measures: Sequence[str]) -> None:
+    """Refuse what is no list of labels.
+
+    Raises:
+        RequestError: It is not.
+    """
+    if isinstance(measures, str):
+        raise RequestError(f"measures is a list of labels; write [{measures!r}]")
+    if not isinstance(measures, Iterable) or not all(isinstance(label, str) for label in measures):
+        raise RequestError(f"measures = {measures!r}: should be a list of labels, such as ['lpf', 'lambda_max']")
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """Return a model whose weights, those that require gradients, are all its parameters where none does.
+
+    Raises:
+        RequestError: It has none, or they have no values.
+    """
+    parameters = list(model.parameters())
+    if not parameters:
+        raise RequestError("the network has no parameters, so there is no minimum to measure")
+    if any(tensor.is_meta for tensor in (*parameters, *model.buffers())):
+        raise RequestError("the network is on the device 'meta', which holds no numbers; load its weights first")
+    if any(parameter.requires_grad for parameter in parameters):
+        return model
+    own = copy.deepcopy(model)
+    for parameter in own.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return own
+
+
+def _device(model: nn.Module, memory: int, vectorize: str) -> torch.device:
+    """Return where a model is measured.
+
+    Raises:
+        RequestError: What it is to be measured with is wrong.
+    """
+    if not isinstance(memory, int) or memory < 0:
+        raise RequestError(f"memory = {memory!r}: should be a number of bytes, 0 or more")
+    if vectorize not in get_args(Vectorize):
+        raise RequestError(f"vectorize = {vectorize!r}; valid: {', '.join(get_args(Vectorize))}")
+    return next(model.parameters()).device
 
 
 def _check_loss(engine: Engine, loss: Loss) -> None:
@@ -244,6 +290,8 @@ def _batches(data: Data, device: torch.device) -> list[Batch]:
         x, y = (part.detach() for part in pair)
         if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
             raise RequestError(f"data: inputs {list(x.shape)} and targets {list(y.shape)} differ in length")
+        if x.is_meta or y.is_meta:
+            raise RequestError("data: the examples are on the device 'meta', which holds no numbers")
         if len(x):
             batches.append(Batch(x.to(device), y.to(device)[None], shared=True))
     if not batches:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flatmin.errors import FlatminError
+from flatmin.errors import RequestError
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.losses import PerExample
 
@@ -21,10 +21,10 @@ def check_logits(outputs: Tensor) -> None:
         outputs: `[n, classes, ...]`.
 
     Raises:
-        FlatminError: They have no axis of classes, or a single class.
+        RequestError: They have no axis of classes, or a single class.
     """
     if outputs.dim() < 2 or outputs.shape[1] < 2:
-        raise FlatminError(f"logits of two classes or more are needed, [n, classes, ...]; got {list(outputs.shape)}")
+        raise RequestError(f"logits of two classes or more are needed, [n, classes, ...]; got {list(outputs.shape)}")
 
 
 def entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def with_normalised_logits(engine: Engine) -> Engine:
     """Return the engine with logits less their mean and divided by their norm (at least 1e-10) before the loss.
 
-    Source: Andriushchenko et al. 2023, section 2. Every measure of the engine gets the same one.
+    Source: the code of Andriushchenko et al. 2023. Every measure of the engine gets the same one.
     """
     made: Engine = engine.shared("normalised logits", lambda: engine.with_loss(partial(_of_normalised, engine.loss)))
     return made

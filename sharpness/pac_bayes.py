@@ -22,10 +22,10 @@ side, for the power p of sigma with which the rise grows there, R'_a and R'_b th
 
     ln sigma = ln sigma_a + ln(epsilon / R_a) / p,    p = ln(R'_b / R'_a) / ln(sigma_b / sigma_a).
 
-Its error is by the delta method (that of R_a / p, and that of p times the way gone, in quadrature). Draws stop when what
-it makes of the value is within the tolerance, so the root is never sought more closely than the draws know it. Where that
-would take long, the rises are compared with u^T D H D u / 2 within a Krylov space, whose mean is known: a control
-variate, which on ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their variance.
+Its error is by the delta method (that of R_a / p, and that of p times the way gone, in quadrature). Draws stop when
+what it makes of the value is within the tolerance, so the root is never sought more closely than the draws know it.
+Where that would take long, the rises are compared with u^T D H D u / 2 within a Krylov space, whose mean is known: a
+control variate, which on ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their variance.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ class _Search:
         return self._controls if bool(self.controlled.any()) else torch.zeros_like(self._pairs[:count])
 
     def _on_line(self, middle: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the root by the first `count` pairs on the line through the mean rises, `[K]`, and its standard error."""
+        """Return the root by the first `count` pairs, `[K]`, and its standard error."""
         pairs, controls, few = self._pairs[:count], self._controls_of(count), _stepped_of(count)
         rise, error = controlled_mean(pairs, controls)
         near, far = (side[:few] for side in (pairs, self._stepped))

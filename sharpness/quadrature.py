@@ -11,9 +11,10 @@ and Saad 2017 (stochastic Lanczos quadrature); Chen and Hallman 2023, Krylov-awa
 Both parts are biased by having n steps only. The bias falls at least like 1 / n for a function with kinks
 (geometrically for a smooth one), so what n / 2 steps give differs from what n give by no less than what n lack; but it
 falls in waves, so the largest of the differences from n / 2, 5 n / 8, 3 n / 4 and 7 n / 8 steps is taken for a bound.
-All of them are parts of the same runs. Of few steps they say nothing of eigenvalues just beyond a kink at 0 that no run has
-told from those before it. The Ritz pairs do, if too much: an eigenvalue drawn from a Ritz vector's spectrum has the mean
-theta_i and, as its standard deviation, the residual r_i. Of all distributions with these, that with the most beyond 0 has
+All of them are parts of the same runs. Of few steps they say nothing of eigenvalues just beyond a kink at 0 that no
+run has told from those before it. The Ritz pairs do, if too much: an eigenvalue drawn from a Ritz vector's spectrum has
+the mean theta_i and, as its standard deviation, the residual r_i. Of all distributions with these, that with the most
+beyond 0 has
 
     (sqrt(theta_i^2 + r_i^2) - |theta_i|) / 2
 

@@ -7,7 +7,7 @@ With g = D grad L(w), in the metric D = 1 (SAM) or D = |w| (`metric=element`, AS
     kind=true           max_{|u| <= rho} L(w + D u) - L(w), searched by Auto-PGD from that point: a lower bound of the
                         maximum, and never below `ascent`
 
-Source: Foret, Kleiner, Mobahi and Neyshabur 2021, section 2 (SAM); Kwon, Kim, Park and Choi 2021, section 3 (ASAM).
+Source: Foret, Kleiner, Mobahi and Neyshabur 2021 (SAM); Kwon, Kim, Park and Choi 2021 (ASAM).
 
 With `batch` it is the mean over random batches of so many examples, the m-sharpness that SAM lowers: near a minimum
 of the whole set the gradients of batches are far from zero. The OptML study logged `sam_sharpness(kind=first_order,

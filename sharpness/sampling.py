@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from flatmin.errors import RequestError
 from flatmin.stack import Batch
 
 
@@ -26,7 +27,13 @@ def take(batches: Sequence[Batch], index: Tensor, *, alike: bool) -> Batch:
         batches: The set, cut in any way.
         index: Each model's choice.
         alike: Whether all models choose the same.
+
+    Raises:
+        RequestError: The examples of two batches differ in shape.
     """
+    shapes = {tuple(batch.x.shape[1 if batch.shared else 2 :]): None for batch in batches}
+    if len(shapes) > 1:
+        raise RequestError(f"examples of different shapes cannot be drawn from: {', '.join(map(str, shapes))}")
     models, width = index.shape
     rows = torch.arange(models, device=index.device)[:, None].expand_as(index)
     shared = alike and all(batch.shared for batch in batches)

@@ -2,7 +2,8 @@
 
 It is the logarithm of the product, which bounds how much the layers together can stretch an input. A_l is what a linear
 or convolutional layer does to its input without its bias; normalisation layers' scales are left out, as published, so
-with them the scale of a layer before one is arbitrary. A dead layer (norm 0) makes it undefined.
+with them the scale of a layer before one is arbitrary. Frozen layers are left out too. Layers that share their weights
+count one by one, and a layer that is run twice once. A dead layer (norm 0) makes it undefined.
 
 `operator=convolution` takes a convolution as the linear map that it is on inputs of the network's size, with its
 stride, padding and groups: ARPACK's Lanczos on A^T A, whose largest Ritz value theta with residual r bounds the error,
@@ -27,12 +28,13 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flatmin.errors import FlatminError
+from flatmin.errors import RequestError
 from flatmin.settings import Setting
 from flatmin.sharpness.arguments import Tolerance
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.estimate import Estimate
 from flatmin.sharpness.guards import generators_kept
+from flatmin.sharpness.tensors import every_tensor
 from flatmin.stack import normal, stream_key
 
 REFUSES = {
@@ -70,7 +72,7 @@ def spectral_norms(
         tolerance: Residual bound at which a convolution's iteration stops, as a fraction of its squared norm.
 
     Raises:
-        FlatminError: A layer other than linear and convolutional ones has a weight matrix.
+        RequestError: A layer other than linear and convolutional ones has a weight matrix.
     """
     layers = list(_layers(engine))
     shapes = _input_shapes(engine) if operator == "convolution" else {}
@@ -107,23 +109,25 @@ def _layers(engine: Engine) -> Iterator[_Layer]:
     """Yield the layers whose norms count.
 
     Raises:
-        FlatminError: A matrix belongs to another kind of layer, or there is none.
+        RequestError: A matrix belongs to another kind of layer, or there is none.
     """
-    tensors = {**engine.network.views(engine.params), **engine.buffers}
+    tensors = every_tensor(engine.network, engine.params, engine.buffers)
     found = False
     for path, module in engine.network.template.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             whole = f"{path}.{name}" if path else name
+            if not parameter.requires_grad:
+                continue
             if name == "weight" and isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
                 found = True
                 yield _Layer(path, module, tensors[whole].double())
             elif parameter.dim() >= 2:
-                raise FlatminError(
+                raise RequestError(
                     f"the parameter '{whole}' of a {type(module).__name__} is a matrix, and of which map is known for "
                     "linear and convolutional layers only"
                 )
     if not found:
-        raise FlatminError("the network has no linear or convolutional layer, so there is no spectral norm")
+        raise RequestError("the network trains no linear or convolutional layer, so there is no spectral norm")
 
 
 def _input_shapes(engine: Engine) -> dict[str, torch.Size]:
@@ -151,7 +155,7 @@ def _layer(layer: _Layer, shapes: dict[str, torch.Size], operator: str, toleranc
     if isinstance(layer.module, nn.Linear) or operator == "reshaped":
         return _of_matrix(layer)
     if layer.path not in shapes:
-        raise FlatminError(f"the layer '{layer.path}' is not run as a module, so the size of its input is not known")
+        raise RequestError(f"the layer '{layer.path}' is not run as a module, so the size of its input is not known")
     return _of_convolution(layer, shapes[layer.path], tolerance)
 
 

@@ -2,7 +2,7 @@
 
 worst_sharpness = E_B[max_{|u| <= rho} L_B(w + D u) - L_B(w)], the norm L-infinity or L2, B random batches of `batch`
 examples; `batch=none` takes the whole set instead. With `metric=element` a weight moves by at most rho |w|. Source:
-Andriushchenko, Croce, Mueller, Hein and Flammarion 2023, section 2 (S_max); their code takes 20 steps on each of 8
+Andriushchenko, Croce, Mueller, Hein and Flammarion 2023 (S_max); their code takes 20 steps on each of 8
 batches of 128, which `radius` is their rho for. With `normalise_logits` as `average_sharpness` has it.
 
 The maximum is searched by Auto-PGD (see `flatmin.sharpness.ascent`), so that every value is a lower bound of it. The

@@ -19,7 +19,7 @@ from flatmin.errors import CorruptFileWarning, LeaseLost, ResultsError
 from flatmin.lease import Lease
 from flatmin.orchestrator.launch import heal
 from flatmin.results import Results, write_atomically
-from flatmin.tables import TABLES, fixed_columns, schema, to_arrow
+from flatmin.tables import ADDED, TABLES, fixed_columns, schema, to_arrow
 
 
 @pytest.fixture
@@ -51,14 +51,28 @@ def test_columns_are_those_of_the_design(table: str) -> None:
         "plan": "model_id study planned_at",
         "models": "model_id trial_id study status epochs_run n_params train_loss train_acc train_acc_clean "
         "val_loss val_acc test_loss test_acc best_test_acc best_test_epoch gen_gap loss_gap label_flip_rate seconds "
-        "device host started_at execution",
-        "epochs": "model_id trial_id epoch train_loss train_acc val_loss val_acc test_loss test_acc lr seconds",
+        "device host started_at execution train_dice val_dice test_dice",
+        "epochs": "model_id trial_id epoch train_loss train_acc val_loss val_acc test_loss test_acc lr seconds "
+        "train_dice val_dice test_dice",
         "sharpness": "model_id trial_id epoch measure label value stderr samples passes converged metric seconds "
         "settings",
         "spectra": "model_id trial_id epoch kind settings x y value",
         "failures": "model_id trial_id attempt host error traceback at",
     }[table]
     assert fixed_columns(table) == expected.split()
+
+
+def test_a_file_from_before_a_column_was_added_is_read(results: Results) -> None:
+    results.write("models", "t1", [model_row("a", "t1")])
+    results.write("epochs", "t1", [{"model_id": "a", "trial_id": "t1", "epoch": 1}])
+    for table in ("models", "epochs"):
+        file = results.table_file(table, "t1")
+        pq.write_table(pq.read_table(file).drop_columns(list(ADDED)), file)
+    results.write("epochs", "t2", [{"model_id": "a", "trial_id": "t1", "epoch": 2, "test_dice": 0.5}])
+    assert results.unreadable() == []
+    assert list(results.epochs().columns) == fixed_columns("epochs")
+    assert results.epochs()["test_dice"].isna().tolist() == [True, False]
+    assert results.models()["train_dice"].isna().all()
 
 
 def test_rows_without_a_commit_do_not_count(results: Results) -> None:

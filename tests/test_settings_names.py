@@ -29,11 +29,14 @@ def declarations(kinds: Iterable[str] = KINDS) -> list[tuple[str, Argument]]:
 
 
 def disagreements(declared: Iterable[tuple[str, Argument]]) -> list[str]:
-    """Return the settings whose declarations differ in type, unit or `per_model`, and where."""
+    """Return the settings whose declarations differ in type, unit or, for those of models, `per_model`, and where."""
+    declared = list(declared)
+    per_model = {argument.name for where, argument in declared if argument.setting.per_model}
     places: dict[str, dict[tuple[str, str, bool], list[str]]] = defaultdict(lambda: defaultdict(list))
     for where, argument in declared:
-        meaning = (str(argument.annotation), argument.setting.unit, argument.setting.per_model)
-        places[argument.name][meaning].append(where)
+        of_measure = where.startswith(("measure ", "subject "))  # a measure's arguments are the same for all models
+        own = argument.name in per_model if of_measure else argument.setting.per_model
+        places[argument.name][str(argument.annotation), argument.setting.unit, own].append(where)
     return [f"{name}: {dict(meanings)}" for name, meanings in places.items() if len(meanings) > 1]
 
 

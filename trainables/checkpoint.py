@@ -16,7 +16,8 @@ from torch import Tensor
 from flatmin.errors import ResultsError
 from flatmin.results import Results, write_atomically
 from flatmin.stack import StackedNetwork
-from flatmin.trainables.trainer import Outcome, Progress, StackTrainer
+from flatmin.trainables.progress import Outcome, Progress
+from flatmin.trainables.trainer import StackTrainer
 from flatmin.trial import Trial
 
 

@@ -18,8 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flatmin.errors import FlatminError, RequestError
 from flatmin.optimizers.compose import Composed
-from flatmin.plugins import optimizer_parts
+from flatmin.plugins import get, optimizer_parts
+from flatmin.trainables.corruption import check_recipe, choose, missing_classes
+from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.job import load_dataset, plugin_settings
+from flatmin.trainables.tasks import check_recipes
 from flatmin.trainables.trainer import check_split, network_builder
 
 _GRADIENTS_PER_PRODUCT = 2.5
@@ -30,7 +33,7 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a program costs, or `error`, or `refused`: why it cannot be trained.
 
     `n_params`, `train_size`, `test_size`; `flops` of one example's forward pass; `gradients`, the cost of an example's
-    share of a training step in gradients.
+    share of a training step in gradients; `notes`, what a person should know before it is trained.
     """
     parts = optimizer_parts(str(program["optimizer"]))
     composed = Composed(parts, {name: program[name] for part in parts for name in part.arguments})
@@ -42,16 +45,40 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
         dataset = load_dataset(plugin_settings("dataset", program))
     except (FlatminError, OSError) as error:
         return {"error": str(error)}
-    n_params, flops = _network_cost(plugin_settings("network", program), dataset.input_shape, dataset.classes)
-    batches, left = composed.rule.batches, len(dataset.train_x) - int(program["val_size"])
+    try:
+        left, notes = _examples(dataset, program)
+        n_params, flops = _network_cost(plugin_settings("network", program), dataset.input_shape, dataset.classes)
+    except RequestError as error:
+        return {"refused": str(error)}
+    batches = composed.rule.batches
     if not composed.rule.splits and batches > max(1, math.ceil(left / program["batch_size"])):
         return {
             "refused": f"a step of '{program['optimizer']}' takes {batches} batches, and {left} training examples make "
             f"{math.ceil(left / program['batch_size'])} of batch_size = {program['batch_size']}"
         }
-    sizes = {"train_size": len(dataset.train_x) - int(program["val_size"]), "test_size": len(dataset.test_x)}
+    sizes = {"train_size": left, "test_size": len(dataset.test_x)}
     gradients = composed.rule.passes + _GRADIENTS_PER_PRODUCT * composed.products
-    return {"n_params": n_params, "flops": flops, "gradients": gradients, **sizes}
+    return {"n_params": n_params, "flops": flops, "gradients": gradients, "notes": notes, **sizes}
+
+
+def _examples(dataset: Dataset, program: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Return how many examples a program trains on, and what a person should know of those held out.
+
+    Raises:
+        RequestError: The data set cannot be split or corrupted like that.
+    """
+    plugin = get("training", "training")
+    recipe = plugin.load()(**{name: program[name] for name in plugin.arguments})
+    check_recipe(dataset, recipe)
+    check_recipes(dataset.task, [recipe])
+    left, held_out = choose(dataset, recipe)
+    missing = missing_classes(dataset, held_out) if len(held_out) else []
+    if not missing:
+        return len(left), []
+    return len(left), [
+        f"none of the val_size = {recipe.val_size} examples held out is of class {missing[0]}; {len(missing)} of "
+        f"{dataset.classes} classes are missing, so val_acc says nothing of them; raise val_size or change split_seed"
+    ]
 
 
 @cache

@@ -1,23 +1,34 @@
-"""The data of one stack: on the device, with each model's own labels and noise, gathered by index.
+"""The data of one stack: on the device, shared by its models, with each model's own labels, noise and augmentation.
 
-The examples are held once, whatever the number of models. Label noise is a `[K, n]` matrix of classes;
-data noise is one standard normal tensor per noise seed, scaled by each model's sigma as batches are made.
+Images stay uint8, held once whatever the number of models and splits. When a batch is gathered: x = u / 255; data
+noise, x + sigma z, clipped to [0, 1] if asked; crops, flips and colours; (x - mean) / std; cutout. Evaluations and
+measures see images that are not augmented.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from flatmin.stack import Batch, normal, permutation, stream_key, uniform
+from flatmin.stack import Batch, permutation, stream_key
+from flatmin.trainables.augmentation import cutout, transform_pixels
+from flatmin.trainables.corruption import check_recipe, choose, noisy_labels
 from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.inputs import Inputs, Noise, groups, spread
+from flatmin.trainables.streaming import CROPPED_WHILE_READ, Images, Window, view_ids, windows
 from flatmin.trainables.training import Recipe
 
 _EVALUATION_ROWS = 65_536
-"""Examples, over all models, that one forward pass of an evaluation holds."""
+"""Examples, over all models, that one forward pass of an evaluation holds at most."""
+
+_EVALUATION_NUMBERS = {"cpu": 2**22}
+_DEVICE_NUMBERS = 2**25
+"""Input numbers, over all models, that it holds at most, on a CPU and elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -25,53 +36,170 @@ class Split:
     """One part of a data set for K models.
 
     Attributes:
-        x: Normalised inputs `[n, *shape]`, the same for all models.
-        y: Classes as used, `[K, n]`.
-        true_y: Classes as they are, `[n]`.
-        sigma: Each model's data noise `[K]`, or None where there is none.
-        noise: Normalised noise of unit sigma `[S, n, *shape]`, one per noise seed.
-        noise_row: Which noise each model has, `[K]`.
+        inputs: The inputs of the whole set that it is a part of.
+        numbers: Which of them it has, int64 `[n]`.
+        y: Targets as used, `[K, n, ...]`.
+        true_y: Targets as they are, `[n, ...]`.
+        noise: The models' data noise, or None where there is none.
+        augmentation: How images are changed while training.
+        cutout_size: The side of what cutout covers.
+        order_seeds: Each model's seed of that, and of the order of the examples.
+        epoch: The epoch whose steps are gathered, or None: nothing is augmented.
     """
 
-    x: Tensor
+    inputs: Inputs
+    numbers: Tensor
     y: Tensor
     true_y: Tensor
-    sigma: Tensor | None = None
-    noise: Tensor | None = None
-    noise_row: Tensor | None = None
+    noise: Noise | None = None
+    augmentation: str = "none"
+    cutout_size: int = 16
+    order_seeds: tuple[int, ...] = ()
+    epoch: int | None = None
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.numbers)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the inputs are read from files as they are asked for."""
+        return not isinstance(self.inputs.x, Tensor)
 
     def select(self, index: Tensor) -> Split:
         """Return the split for some of the models."""
-        if self.sigma is None or self.noise_row is None:
-            return Split(self.x, self.y[index], self.true_y)
-        return Split(self.x, self.y[index], self.true_y, self.sigma[index], self.noise, self.noise_row[index])
+        seeds = tuple(self.order_seeds[k] for k in index.tolist()) if self.order_seeds else ()
+        noise = self.noise.select(index) if self.noise else None
+        same = self.y.stride(0) == 0  # one row, seen by all models
+        y = self.y[:1].expand(len(index), *self.y.shape[1:]) if same else self.y[index]
+        return replace(self, y=y, noise=noise, order_seeds=seeds)
+
+    def steps(self, epoch: int, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Split]]:
+        """Yield the examples of each step, `[K, s]`, and what its batches are gathered from: augmented.
+
+        Models of one order seed have the same order, and their images are made once for all of them.
+
+        Args:
+            epoch: The epoch.
+            orders: The examples of every step of it that is to come.
+
+        Yields:
+            A step.
+        """
+        training, images = replace(self, epoch=epoch), self.inputs.x
+        if not isinstance(images, Images):
+            yield from ((order, training) for order in orders)
+            return
+        keys = training._keys(self.order_seeds)
+        views = tuple(dict.fromkeys(keys)) if self.augmentation == CROPPED_WHILE_READ else ()
+        ids = [torch.unique(view_ids(self.numbers[order], keys, views, len(images))).cpu() for order in orders]
+        for order, window in zip(orders, windows(images, ids, views, self.numbers.device), strict=True):
+            yield order, training._with(window)
 
     def gather(self, order: Tensor) -> Batch:
         """Return the batch of examples `order`, `[K, b]`, each model its own."""
-        return Batch(self._noisy(self.x[order], order), self.y.gather(1, order))
+        alike = range(len(order)) if self.epoch is None else self.order_seeds
+        return Batch(self._made(self.numbers[order], alike), self._targets(order))
 
-    def chunks(self) -> list[Batch]:
-        """Return all examples in fixed order, as batches that fit in memory."""
-        size = max(1, _EVALUATION_ROWS // len(self.y))
-        batches = []
-        for start in range(0, len(self), size):
-            stop = min(start + size, len(self))
-            x, y = self.x[start:stop], self.y[:, start:stop]
-            if self.sigma is None:
-                batches.append(Batch(x, y, shared=True))
-            else:
-                order = torch.arange(start, stop, device=x.device).expand(len(y), -1)
-                batches.append(Batch(self._noisy(x.expand(len(y), *x.shape), order), y))
-        return batches
+    def chunks(self) -> _Chunks:
+        """Return all examples in fixed order, not augmented, as batches that fit in memory, made as they are read."""
+        room = _EVALUATION_NUMBERS.get(self.numbers.device.type, _DEVICE_NUMBERS)
+        rows = min(_EVALUATION_ROWS, room // max(1, math.prod(self.inputs.shape[1:])))
+        size = max(1, rows // len(self.y))
+        bounds = [(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+        return _Chunks(self, bounds)
 
-    def _noisy(self, x: Tensor, order: Tensor) -> Tensor:
-        if self.sigma is None or self.noise is None or self.noise_row is None:
-            return x
-        sigma = self.sigma.reshape(-1, *[1] * (x.dim() - 1))
-        return x + sigma * self.noise[self.noise_row[:, None], order]
+    def between(self, start: int, stop: int) -> Batch:
+        """Return examples `start` to `stop`, not augmented; without noise, all models share the inputs."""
+        plain, y, numbers = replace(self, epoch=None), self.y[:, start:stop], self.numbers[start:stop]
+        if self.noise is None:
+            return Batch(plain._made(numbers[None], [0])[0], y, shared=True)
+        return Batch(plain._made(numbers.expand(len(y), -1), [0] * len(y)), y)
+
+    def part(self, count: int) -> Split:
+        """Return `count` of the examples, drawn at random, the same for all models; a larger part holds a smaller."""
+        chosen = permutation(stream_key("part"), len(self))[:count].sort().values.to(self.numbers.device)
+        return replace(self, numbers=self.numbers[chosen], y=self.y[:, chosen], true_y=self.true_y[chosen])
+
+    def _targets(self, order: Tensor) -> Tensor:
+        if self.y.dim() == 2:
+            return self.y.gather(1, order)
+        return self.y[torch.arange(len(order), device=order.device)[:, None], order]
+
+    def _with(self, window: Window) -> Split:
+        return replace(self, inputs=replace(self.inputs, x=window))
+
+    def _keys(self, seeds: Iterable[int]) -> list[int]:
+        """Return the streams of augmentation; 0 where nothing is augmented."""
+        if self.epoch is None or self.augmentation == "none":
+            return [0 for _ in seeds]
+        return [stream_key("augmentation", seed, self.epoch) for seed in seeds]
+
+    def _made(self, numbers: Tensor, alike: Sequence[int]) -> Tensor:
+        """Return the inputs of examples `numbers`, `[K, b]`.
+
+        Args:
+            numbers: Of the whole set.
+            alike: For each model, one number where the examples are the same: in an epoch, the order seed.
+        """
+        inputs, noise = self.inputs, self.noise
+        if isinstance(inputs.x, Tensor) and not inputs.raw:
+            x = inputs.take(numbers, ())
+            zero, one = ((end - inputs.mean) / inputs.std for end in (0, 1))
+            return x if noise is None else noise.added(x, numbers, alike, zero, one)
+        first, place = groups(tuple(alike))
+        rows = list(first)
+        keys = self._keys(alike)
+        images = inputs.take(numbers[rows], [keys[k] for k in rows])
+        if noise is None:
+            return spread(self._finished(images, numbers[rows], [keys[k] for k in rows]), place)
+        x = spread(images.to(inputs.mean.dtype), place)
+        zero, one = inputs.mean.new_tensor(0), inputs.mean.new_tensor(255)
+        return self._finished(noise.added(x, numbers, alike, zero, one), numbers, keys)
+
+    def _finished(self, images: Tensor, numbers: Tensor, keys: Sequence[int]) -> Tensor:
+        """Return images `[G, b, C, H, W]`, uint8 or noisy floats, as the networks see them."""
+        if (
+            self.epoch is None
+            or self.augmentation == "none"
+            or (self.streamed and self.augmentation == CROPPED_WHILE_READ)
+        ):
+            return self.inputs.normalised(images)
+        streams = torch.tensor(keys, device=images.device)
+        x = self.inputs.normalised(transform_pixels(images, streams, numbers, self.augmentation))
+        return cutout(x, streams, numbers, self.augmentation, self.cutout_size)
+
+
+class _Chunks(Sequence[Batch]):
+    """The examples of a split in order, in batches of which each is made whenever it is asked for.
+
+    Going through them reads a streamed set ahead.
+    """
+
+    def __init__(self, split: Split, bounds: Sequence[tuple[int, int]]) -> None:
+        self.split, self.bounds = split, bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> _Chunks: ...
+
+    def __getitem__(self, place: int | slice) -> Batch | _Chunks:
+        if isinstance(place, slice):
+            return _Chunks(self.split, self.bounds[place])
+        return self.split.between(*self.bounds[place])
+
+    def __iter__(self) -> Iterator[Batch]:
+        split, images = self.split, self.split.inputs.x
+        if not isinstance(images, Images):
+            yield from (split.between(*bounds) for bounds in self.bounds)
+            return
+        ids = [split.numbers[start:stop].cpu() for start, stop in self.bounds]
+        for bounds, window in zip(self.bounds, windows(images, ids, (), split.numbers.device), strict=True):
+            yield split._with(window).between(*bounds)
 
 
 @dataclass(frozen=True)
@@ -84,8 +212,9 @@ class StackData:
 
     @property
     def label_flip_rate(self) -> Tensor:
-        """The share of training labels that are not the true ones, `[K]`."""
-        return (self.train.y != self.train.true_y).double().mean(dim=1)
+        """The share of training labels that are not the true ones, `[K]`; 0 where targets are no classes."""
+        wrong = self.train.y != self.train.true_y
+        return wrong.flatten(1).double().mean(dim=1)
 
     def select(self, index: Tensor) -> StackData:
         """Return the data of some of the models."""
@@ -98,52 +227,33 @@ def stack_data(dataset: Dataset, recipes: Sequence[Recipe], device: torch.device
 
     Args:
         dataset: The data set as its plug-in returns it.
-        recipes: The recipe of each model; `val_size` is the same for all.
+        recipes: The recipe of each model; what says which examples there are is the same for all.
         device: Where the tensors go.
         dtype: The type of the inputs.
 
     Raises:
-        ValueError: `val_size` leaves nothing to train on.
+        RequestError: The data set cannot be split or corrupted like that.
     """
-    n, held_out = len(dataset.train_x), recipes[0].val_size
-    if held_out >= n:
-        raise ValueError(f"val_size = {held_out} leaves nothing of {n} training examples; it must be under {n}")
-    order = permutation(stream_key("validation"), n) if held_out else torch.arange(n)
-    kept, val = order[: n - held_out].sort().values, order[n - held_out :].sort().values
+    for recipe in recipes:
+        check_recipe(dataset, recipe)
+    kept, val = choose(dataset, recipes[0])
+    train = Inputs.of(dataset.train_x, dataset, device, dtype)
+    test = Inputs.of(dataset.test_x, dataset, device, dtype)
 
-    def normalised(x: Tensor) -> Tensor:
-        return ((x.to(dtype) - dataset.mean.to(dtype)) / dataset.std.to(dtype)).to(device)
+    def clean(inputs: Inputs, numbers: Tensor, y: Tensor) -> Split:
+        true = y[numbers].to(device)
+        return Split(inputs, numbers.to(device), true.expand(len(recipes), *true.shape), true)
 
-    def clean(x: Tensor, y: Tensor) -> Split:
-        return Split(normalised(x), y.to(device).expand(len(recipes), -1), y.to(device))
-
-    labels = torch.stack([noisy_labels(dataset.train_y, dataset.classes, recipe) for recipe in recipes])
-    train = Split(normalised(dataset.train_x[kept]), labels[:, kept].to(device), dataset.train_y[kept].to(device))
-    if any(recipe.data_noise > 0 for recipe in recipes):
-        train = _with_noise(train, dataset, kept, recipes)
-    held = clean(dataset.train_x[val], dataset.train_y[val]) if held_out else None
-    return StackData(train, held, clean(dataset.test_x, dataset.test_y))
-
-
-def noisy_labels(y: Tensor, classes: int, recipe: Recipe) -> Tensor:
-    """Return the labels `[n]` that a model trains on.
-
-    Every example draws one uniform number and one class, whatever the level; those whose number is below
-    `label_noise` take the class, so a lower level's flips are among a higher one's. The class is
-    uniform over all classes, the true one included (Bisla et al. 2022).
-    """
-    draw = uniform(stream_key("label noise", recipe.noise_seed), y.shape)
-    replacement = (uniform(stream_key("label class", recipe.noise_seed), y.shape) * classes).long()
-    return torch.where(draw < recipe.label_noise, replacement, y)
-
-
-def _with_noise(train: Split, dataset: Dataset, kept: Tensor, recipes: Sequence[Recipe]) -> Split:
-    seeds = sorted({recipe.noise_seed for recipe in recipes})
-    device, dtype = train.x.device, train.x.dtype
-    noise = [
-        (normal(stream_key("data noise", seed), dataset.train_x.shape)[kept] / dataset.std).to(device, dtype)
-        for seed in seeds
-    ]
-    sigma = torch.tensor([recipe.data_noise for recipe in recipes], dtype=dtype, device=device)
-    rows = torch.tensor([seeds.index(recipe.noise_seed) for recipe in recipes], device=device)
-    return Split(train.x, train.y, train.true_y, sigma, torch.stack(noise), rows)
+    own = clean(train, kept, dataset.train_y)
+    if any(recipe.label_noise > 0 for recipe in recipes):
+        labels = [noisy_labels(dataset.train_y, dataset.classes, recipe)[kept] for recipe in recipes]
+        own = replace(own, y=torch.stack(labels).to(device))
+    own = replace(
+        own,
+        noise=Noise.of(train, recipes),
+        augmentation=recipes[0].augmentation,
+        cutout_size=recipes[0].cutout_size,
+        order_seeds=tuple(recipe.order_seed for recipe in recipes),
+    )
+    held = clean(train, val, dataset.train_y) if len(val) else None
+    return StackData(own, held, clean(test, torch.arange(len(dataset.test_y)), dataset.test_y))

@@ -1,23 +1,31 @@
-"""What a data set plug-in returns: examples before normalisation, and how to normalise them."""
+"""What a data set plug-in returns: examples before normalisation, what is to be learned from them, and how to normalise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+Task = Literal["classification", "regression", "segmentation"]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of a classification task.
+    """Examples of a task.
 
     Attributes:
-        train_x: Training inputs `[n, *shape]` in the range of the raw data scaled to [0, 1].
-        train_y: True classes `[n]`, int64.
+        train_x: Training inputs `[n, *shape]`: uint8 images as they are on disk, which are divided by 255 when they
+            are used, or floats as the network is to see them before normalisation. What does not fit in memory is
+            `flatmin.trainables.streaming.Images`, which stand in for a tensor of images.
+        train_y: Targets: true classes int64 `[n]` of a classification, values float `[n, outputs]` of a regression, the
+            class of every pixel uint8 `[n, height, width]` of a segmentation.
         test_x: Test inputs `[m, *shape]`.
-        test_y: Test classes `[m]`.
-        mean, std: What normalisation subtracts and divides by; broadcast against one example.
-        classes: Number of classes.
+        test_y: Test targets.
+        mean, std: What normalisation subtracts and divides by, after division by 255; broadcast against one example.
+        classes: Outputs of the network: classes, or values of a regression.
+        task: What is to be learned.
+        class_weights: Weight of each class in the loss `[classes]`, or None where all count alike.
     """
 
     train_x: Tensor
@@ -27,6 +35,8 @@ class Dataset:
     mean: Tensor
     std: Tensor
     classes: int
+    task: Task = "classification"
+    class_weights: Tensor | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:

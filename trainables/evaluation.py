@@ -1,4 +1,4 @@
-"""Whole-set loss and accuracy of every model of a stack, in eval mode."""
+"""Whole-set loss and scores of every model of a stack, in eval mode."""
 
 from __future__ import annotations
 
@@ -8,37 +8,53 @@ import torch
 from torch import Tensor
 
 from flatmin.stack import StackedNetwork
-from flatmin.stack.network import Buffers, cross_entropy
+from flatmin.stack.network import Buffers
 from flatmin.trainables.data import Split
+from flatmin.trainables.ranks import Ranks
+from flatmin.trainables.tasks import Objective
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of K models over one split.
+    """Scores of K models over one split, means over its examples.
 
     Attributes:
-        loss: Mean cross-entropy against the labels as used, nats, float64 `[K]`.
-        acc: Fraction right against the labels as used, `[K]`.
-        acc_clean: Fraction right against the true labels, `[K]`.
+        loss: Loss of the task against the targets as used, float64 `[K]`.
+        acc: Fraction right (of pixels, in a segmentation) against the labels as used, `[K]`; None in a regression.
+        acc_clean: The same against the true labels.
+        dice: Dice coefficient, `[K]`; None but in a segmentation.
     """
 
     loss: Tensor
-    acc: Tensor
-    acc_clean: Tensor
+    acc: Tensor | None = None
+    acc_clean: Tensor | None = None
+    dice: Tensor | None = None
 
 
 @torch.no_grad()
-def evaluate(network: StackedNetwork, params: Tensor, buffers: Buffers, split: Split) -> Scores:
-    """Score the models on a split, without smoothing or augmentation, sums in float64 in fixed order."""
-    loss, right, right_clean = (torch.zeros(len(params), dtype=torch.float64, device=params.device) for _ in range(3))
-    start = 0
-    for batch in split.chunks():
-        logits = network.logits(params, buffers, batch)
-        true_y = split.true_y[start : start + batch.y.shape[1]]
-        predicted = logits.argmax(dim=2)
-        loss += cross_entropy(logits, batch.y).double().sum(dim=1)
-        right += (predicted == batch.y).sum(dim=1)
-        right_clean += (predicted == true_y).sum(dim=1)
-        start += batch.y.shape[1]
-    n = len(split)
-    return Scores((loss / n).cpu(), (right / n).cpu(), (right_clean / n).cpu())
+def evaluate(
+    network: StackedNetwork,
+    params: Tensor,
+    buffers: Buffers,
+    split: Split,
+    objective: Objective,
+    ranks: Ranks | None = None,
+) -> Scores:
+    """Score the models on a split, without smoothing or augmentation, sums in float64 in fixed order.
+
+    Args:
+        network: The network.
+        params: Weights `[K, d]`.
+        buffers: Stacked buffers.
+        split: The examples.
+        objective: What they are learned for.
+        ranks: The processes that share the work, each some of the chunks; this one alone by default.
+    """
+    ranks = ranks or Ranks()
+    total = torch.zeros(len(objective.columns), len(params), dtype=torch.float64, device=params.device)
+    chunks = split.chunks()[ranks.rank :: ranks.size]
+    for (start, stop), batch in zip(chunks.bounds, chunks, strict=True):
+        found = objective.scores(network.logits(params, buffers, batch), batch.y, split.true_y[start:stop])
+        total += torch.stack([found[name].double().sum(dim=1) for name in objective.columns])
+    means = ranks.sum(total).cpu() / len(split)
+    return Scores(**dict(zip(objective.columns, means, strict=True)))

@@ -10,9 +10,9 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.errors import RequestError
+from flatmin.errors import FlatminError, RequestError
 from flatmin.labels import parse_label
 from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
 from flatmin.settings import Argument, digest
-from flatmin.sharpness import Engine, measure_all
+from flatmin.sharpness import Engine, Measured
 from flatmin.stack import stream_key
 from flatmin.stack.network import Buffers
 from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights, weights_hash
 from flatmin.trainables.data import Split
 from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.downloads import downloads_allowed
+from flatmin.trainables.measures import take
+from flatmin.trainables.ranks import Ranks
+from flatmin.trainables.tasks import check_measure
+from flatmin.trainables.together import others
 from flatmin.trainables.trainer import StackTrainer, buffers_of, network_builder
 from flatmin.trial import Job, Model, Trial
 
@@ -41,26 +46,43 @@ def run(job: Job) -> Generator[int]:
 
     Raises:
         LeaseLost: Another driver owns the results now; nothing was committed.
-        FlatminError: The data, the weights or a measure cannot be used.
+        FlatminError: The data or the weights cannot be used; or a measure failed, and all else is committed.
+    """
+    results = Results(Path(job.results))
+    job = replace(job, trial=_left(results, job.trial))
+    if job.trial.committed_as:
+        job = replace(job, execution=replace(job.execution, processes_per_model=1))
+        yield from _measure_saved(job, results, trainer_of(job, Ranks()))
+    else:
+        yield from _train(job, results, trainer_of(job, Ranks(0, job.execution.processes_per_model)))
+
+
+def _left(results: Results, trial: Trial) -> Trial:
+    """Return what of a trial is left to do: an attempt that failed in a measure has committed all else."""
+    if trial.committed_as or not results.table_file("models", trial.trial_id).exists():
+        return trial
+    rows = results.table("sharpness").select(["trial_id", "label"]).to_pylist()
+    done = {row["label"] for row in rows if row["trial_id"] == trial.trial_id}
+    left = tuple(label for label in trial.measures if label not in done)
+    return replace(trial, measures=left, committed_as=trial.trial_id)
+
+
+def trainer_of(job: Job, ranks: Ranks) -> StackTrainer:
+    """Return what trains a job's models, in one of the processes that do, and prepare this one for their arithmetic.
+
+    Raises:
+        FlatminError: The data, or what is asked for, cannot be used.
     """
     torch.set_num_threads(job.execution.threads)
     tf32 = job.trial.program["precision"] == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32  # convolutions would use it by default
-    results = Results(Path(job.results))
-    trainer = _trainer(job)
+    with downloads_allowed():
+        dataset = load_dataset(plugin_settings("dataset", job.trial.program))
+    build = network_builder(job.trial.program, dataset.input_shape, dataset.classes)
+    trainer = StackTrainer(job.trial, dataset, build, job.execution, ranks)
     _check_measures(job.trial, trainer)
-    if job.trial.committed_as:
-        yield from _measure_saved(job, results, trainer)
-    else:
-        yield from _train(job, results, trainer)
-
-
-def _trainer(job: Job) -> StackTrainer:
-    dataset = load_dataset(plugin_settings("dataset", job.trial.program))
-    return StackTrainer(
-        job.trial, dataset, network_builder(job.trial.program, dataset.input_shape, dataset.classes), job.execution
-    )
+    return trainer
 
 
 def plugin_settings(kind: str, program: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -87,24 +109,26 @@ def _train(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
     initial = trainer.progress.params
     resumed = restore_state(results, trainer)
     saved = time.monotonic()
-    for progress in trainer.train():
-        if progress.alive and time.monotonic() - saved >= job.execution.checkpoint_seconds:
-            check(results, job.token)
-            save_state(results, trainer)
-            saved = time.monotonic()
-        try:
-            yield len(trainer.outcomes) - len(progress.alive)
-        except GeneratorExit:  # told to stop between two steps: lose none of them
-            check(results, job.token)
-            save_state(results, trainer)
-            raise
-    execution = _execution(job, results.attempts(job.trial.trial_id), resumed)
+    with others(job, resumed=resumed):
+        for progress in trainer.train():
+            if progress.alive and time.monotonic() - saved >= job.execution.checkpoint_seconds:
+                check(results, job.token)
+                save_state(results, trainer)
+                saved = time.monotonic()
+            try:
+                yield len(trainer.outcomes) - len(progress.alive)
+            except GeneratorExit:  # told to stop between two steps: lose none of them
+                check(results, job.token)
+                save_state(results, trainer)
+                raise
+    execution = _execution(job, trainer, results.attempts(job.trial.trial_id), resumed)
     rows = [_models_row(job.trial, model, started_at, execution) for model in job.trial.models]
     for row, outcome in zip(rows, trainer.outcomes, strict=True):
         assert outcome.row is not None
         row.update(outcome.row)
     measured = _measure(job.trial, trainer, rows, initial)
     _commit(job, results, trainer, initial, rows, measured)
+    measured.raise_if_failed()
     yield len(rows)
 
 
@@ -143,15 +167,22 @@ def _measure_saved(job: Job, results: Results, trainer: StackTrainer) -> Generat
     measured = _measure_weights(job.trial, trainer, rows, params, buffers, initial)
     check(results, job.token)
     _write_measured(results, f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", measured)
+    measured.raise_if_failed()
     yield len(rows)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Rows of the tables `sharpness` and `spectra`."""
+    """Rows of the tables `sharpness` and `spectra`, and why some are missing, if they are."""
 
     sharpness: Sequence[dict[str, Any]] = ()
     spectra: Sequence[dict[str, Any]] = ()
+    failed: FlatminError | None = None
+
+    def raise_if_failed(self) -> None:
+        """Raise what a measure failed with, once the rest is written."""
+        if self.failed is not None:
+            raise self.failed
 
 
 @dataclass(frozen=True)
@@ -199,17 +230,24 @@ def _measure_weights(
         return _Measured()
     index = torch.tensor(kept, device=trainer.device)
     wrong = [reason for k, reason in initial.wrong.items() if k in kept]
-    engine = Engine(
-        trainer.network,
-        params[index],
-        {name: buffer[index] for name, buffer in buffers.items()},
-        trainer.data.train.select(index).chunks(),
-        torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
-        initial=None if wrong else initial.params[index],
-        no_initial=wrong[0] if wrong else "",
-        sets={name: split.select(index).chunks() for name, split in _other_sets(trainer).items()},
-    )
-    measured = measure_all(engine, trial.measures)
+    measured, failed = Measured([], []), None
+    for train, population, measures in _at_hand(trainer.data.train, trial.measures):
+        make = partial(
+            Engine,
+            trainer.network,
+            params[index],
+            {name: buffer[index] for name, buffer in buffers.items()},
+            train.select(index).chunks(),
+            torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
+            initial=None if wrong else initial.params[index],
+            no_initial=wrong[0] if wrong else "",
+            loss=trainer.objective.of_example,
+            sets={name: split.select(index).chunks() for name, split in _other_sets(trainer).items()},
+            population=population,
+        )
+        taken = take(make, len(kept), measures)
+        measured = Measured([*measured.rows, *taken.measured.rows], [*measured.points, *taken.measured.points])
+        failed = taken.failed or failed
     keys = [
         {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"]} for k in kept
     ]
@@ -221,7 +259,22 @@ def _measure_weights(
             for key, points in zip(keys, of_label, strict=True)
             for point in points
         ],
+        failed,
     )
+
+
+def _at_hand(train: Split, measures: Sequence[str]) -> list[tuple[Split, int, list[str]]]:
+    """Return the examples that measures need at hand, of how many they stand for, and those measures.
+
+    That is the training set, or of a streamed one what `subset` asks for; one example for measures that look at none.
+    """
+    if not train.streamed:
+        return [(train, len(train), list(measures))]
+    sizes = {text: parse_label(text).common["subset"] for text in measures}
+    return [
+        (train.part(size or 1), len(train) if size else 1, [text for text in measures if sizes[text] == size])
+        for size in dict.fromkeys(sizes.values())
+    ]
 
 
 def _other_sets(trainer: StackTrainer) -> dict[str, Split]:
@@ -234,14 +287,22 @@ def _check_measures(trial: Trial, trainer: StackTrainer) -> None:
     """Refuse what could not be measured, before hours of training.
 
     Raises:
-        RequestError: A measure is asked of a set that there is not.
+        RequestError: A measure is asked of a set that there is not, or needs what the task has not.
     """
     there = ["train", *_other_sets(trainer)]
     for text in trial.measures:
-        data = parse_label(text).common["data"]
+        check_measure(trainer.objective.task, text)
+        label = parse_label(text)
+        data = label.common["data"]
         if data not in there:
             raise RequestError(
                 f"'{text}': there is no '{data}' set; there are: {', '.join(there)}. Give `val_size` to hold one out"
+            )
+        of_weights = "data" in get("measure", label.measure).refuses
+        if trainer.data.train.streamed and not of_weights and (data != "train" or label.common["subset"] is None):
+            raise RequestError(
+                f"'{text}': the images of this data set are read from files, and a measure reads its examples hundreds "
+                "of times; give it a part of the training set that fits in memory, as subset=2000"
             )
 
 
@@ -258,18 +319,23 @@ def _models_row(trial: Trial, model: Model, started_at: datetime, execution: Map
     }
 
 
-def _execution(job: Job, attempt: int, resumed: bool) -> dict[str, Any]:
+def _execution(job: Job, trainer: StackTrainer, attempt: int, resumed: bool) -> dict[str, Any]:
     """Return how a trial was run, for the `execution` column."""
-    cuda = job.execution.device == "cuda"
+    asked, cuda = job.execution, job.execution.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "pid": os.getpid(),
         "stack_size": len(job.trial.models),
-        "device": job.execution.device,
+        "device": asked.device,
         "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "threads": job.execution.threads,
-        "vectorize": job.execution.vectorize,
-        "compile": False,
+        "threads": asked.threads,
+        "vectorize": "loop" if trainer.network.loops(trainer.device) else "vmap",
+        "compile": asked.compile,
+        "cuda_graphs": asked.cuda_graphs,
+        "channels_last": asked.channels_last,
+        "micro_batch": trainer.micro_batch.size,
+        "processes_per_model": asked.processes_per_model,
+        "data": "streamed" if trainer.data.train.streamed else "resident",
         "retries": attempt,
         "resumed": resumed,
         "memory_bytes": int(peak),

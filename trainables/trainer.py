@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,81 +19,16 @@ from flatmin.stack.network import Buffers
 from flatmin.trainables.data import Split, StackData, stack_data
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.evaluation import Scores, evaluate
-from flatmin.trainables.passes import Passes
+from flatmin.trainables.forward import Forward
+from flatmin.trainables.passes import MicroBatch, Passes
+from flatmin.trainables.progress import Outcome, Progress
+from flatmin.trainables.ranks import Ranks
+from flatmin.trainables.tasks import check_recipes, objective
 from flatmin.trainables.training import Recipe
 from flatmin.trial import Execution, Trial
 
 DTYPES = {"fp64": torch.float64}
 """The type of the weights, by precision; fp32 where it is not named."""
-
-
-@dataclass
-class Progress:
-    """Where a stack stands: all that a checkpoint holds.
-
-    Attributes:
-        alive: Positions in the trial of the models still training; the rows of every tensor here.
-        params: Weights `[K, d]`.
-        buffers: Stacked buffers.
-        optimizer: Stacked optimizer state.
-        params_before: Weights before the last step, which a model that diverged goes back to.
-        buffers_before: Buffers before the last step.
-        running: False for a model that has diverged in this epoch, bool `[K]`.
-        epoch: Epochs done.
-        step: Steps done in the current epoch.
-        seconds: Each model's share of the stack's wall-clock time.
-    """
-
-    alive: list[int]
-    params: Tensor
-    buffers: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    params_before: Tensor
-    buffers_before: dict[str, Tensor]
-    running: Tensor
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-
-    def select(self, index: Tensor) -> Progress:
-        """Return the progress of some of the models, by row."""
-        chosen = self._with(lambda tensor: tensor[index])
-        return replace(chosen, alive=[self.alive[row] for row in index.tolist()])
-
-    def to(self, device: torch.device) -> Progress:
-        """Return the progress with its tensors on a device."""
-        return self._with(lambda tensor: tensor.to(device))
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> Progress:
-        def each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: change(tensor) for name, tensor in tensors.items()}
-
-        return replace(
-            self,
-            params=change(self.params),
-            buffers=each(self.buffers),
-            optimizer=each(self.optimizer),
-            params_before=change(self.params_before),
-            buffers_before=each(self.buffers_before),
-            running=change(self.running),
-        )
-
-
-@dataclass
-class Outcome:
-    """What has become of one model so far; plain data, for the checkpoint and the tables.
-
-    Attributes:
-        epochs: Its rows of the `epochs` table, without ids.
-        row: Its columns of the `models` table once it has ended, else None.
-        params: Its weights once it has ended, `[d]`.
-        buffers: Its buffers once it has ended.
-    """
-
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    row: dict[str, Any] | None = None
-    params: Tensor | None = None
-    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 class StackTrainer:
@@ -106,17 +39,33 @@ class StackTrainer:
         dataset: Their data set.
         build: Builds the network; called under each model's own initial seed.
         execution: Device, threads and how the stack is vectorised.
+        ranks: The processes that train it together, of which this is one; this one alone by default.
+
+    Raises:
+        RequestError: The data, the settings and the execution do not go together.
     """
 
-    def __init__(self, trial: Trial, dataset: Dataset, build: Callable[[], nn.Module], execution: Execution) -> None:
-        self.trial = trial
+    def __init__(
+        self,
+        trial: Trial,
+        dataset: Dataset,
+        build: Callable[[], nn.Module],
+        execution: Execution,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.trial, self.ranks = trial, ranks or Ranks()
         self.device = torch.device(execution.device)
         names = get("training", "training").arguments
         entry = get("training", "training").load()
         self.recipes: list[Recipe] = [entry(**{name: model.settings[name] for name in names}) for model in trial.models]
-        self.precision = self.recipes[0].precision
-        dtype = DTYPES.get(self.precision, torch.float32)
-        self.network, params, buffers = initial_stack(build, self.recipes, dtype, self.device, execution.vectorize)
+        check_together(trial, execution)
+        check_recipes(dataset.task, self.recipes)
+        precision = self.recipes[0].precision
+        dtype = DTYPES.get(precision, torch.float32)
+        self.network, params, buffers = initial_stack(build, self.recipes, dtype, self.device, execution)
+        self.objective = objective(dataset, self.device)
+        self.forward = Forward(self.network, self.objective, precision, execution, self.ranks)
+        self.micro_batch = MicroBatch.of(execution, self.network)
         self.data = stack_data(dataset, self.recipes, self.device, dtype)
         own = [model.settings for model in trial.models]
         self.optimizer = StackOptimizer(str(trial.program["optimizer"]), own, params)
@@ -155,15 +104,15 @@ class StackTrainer:
     def train(self) -> Iterator[Progress]:
         """Train to the end, yielding after every step; a checkpoint may be taken at any yield."""
         while self.progress.alive:
-            orders = self._orders()
             started = time.perf_counter()
-            size = self.step_size
-            while self.progress.step * size < orders.shape[1]:
-                order = orders[:, self.progress.step * size : (self.progress.step + 1) * size]
-                self._step(order)
+            orders = torch.split(self._orders(), self.step_size, 1)
+            left = orders[self.progress.step :]
+            splits = self._data.train.steps(self.progress.epoch, [self._own(order) for order in left])
+            for order, (_, split) in zip(left, splits, strict=True):
+                self._step(order, split)
                 self.progress.step += 1
                 started = self._account(started)
-                if self.progress.step * size < orders.shape[1]:
+                if self.progress.step < len(orders):
                     yield self.progress
                     started = time.perf_counter()
             self._end_epoch()
@@ -181,6 +130,9 @@ class StackTrainer:
         self._recipes = [self.recipes[position] for position in self.progress.alive]
         self._data: StackData = self.data.select(index.to(self.device))
         self._optimizer = self.optimizer.select(index.to(self.device))
+        shares = [recipe.label_smoothing for recipe in self._recipes]
+        smoothing = torch.tensor(shares, dtype=self.progress.params.dtype, device=self.device)
+        self._smoothing = smoothing if any(shares) else None
         limits = [recipe.max_loss for recipe in self._recipes]
         self._max_loss = torch.tensor(limits, dtype=torch.float64, device=self.device)
         keys = [stream_key("training", recipe.order_seed) for recipe in self._recipes]
@@ -199,26 +151,41 @@ class StackTrainer:
         }
         return torch.stack([of_seed[seed] for seed in seeds]).to(self.device)
 
-    def _step(self, order: Tensor) -> None:
-        now = self.progress
-        rule, recipe, examples = self.optimizer.composed.rule, self.recipes[0], len(self._data.train)
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        """Return the batches of a step over examples `[K, s]`."""
+        rule, size = self.optimizer.composed.rule, self.recipes[0].batch_size
+        if not rule.splits:
+            return list(torch.split(order, size, 1))
         # a short last batch has fewer micro-batches rather than smaller ones, which BatchNorm could not take
-        pieces = max(1, order.shape[1] * rule.batches // recipe.batch_size)
+        return list(order.tensor_split(max(1, order.shape[1] * rule.batches // size), 1))
+
+    def _own(self, order: Tensor) -> Tensor:
+        """Return the examples of a step that this process passes through the network."""
+        if self.ranks.size == 1:
+            return order
+        batches = self._batches(order)
+        bounds = [self.ranks.share(batch.shape[1]) for batch in batches]
+        return torch.cat([batch[:, start:stop] for batch, (start, stop) in zip(batches, bounds, strict=True)], 1)
+
+    def _step(self, order: Tensor, split: Split) -> None:
+        now, examples, batches = self.progress, len(self._data.train), self._batches(order)
+        first = now.epoch * examples + now.step * self.optimizer.composed.rule.batches
         passes = Passes(
-            self.network,
-            self._data.train,
-            list(order.tensor_split(pieces, 1) if rule.splits else torch.split(order, recipe.batch_size, 1)),
+            self.forward,
+            split,
+            batches,
             now.buffers,
-            recipe.bn_updates,
-            lambda batch: Streams(self._keys, now.epoch * examples + now.step * rule.batches + batch),
-            self._autocast,
+            self.recipes[0].bn_updates,
+            lambda batch: Streams(self._keys, first + batch),
+            self._smoothing,
+            self.micro_batch,
         )
         count = now.epoch * self.steps_per_epoch + now.step
         step = Step(
             count=count,
             total=self._total,
             lr_factor=self._lr_factor(),
-            batches=len(passes.batches),
+            batches=len(batches),
             hessian=self._optimizer.composed.needs_hessian(count),
             streams=Streams(self._optimizer_keys, count),
             shapes=self.network.shapes,
@@ -244,9 +211,6 @@ class StackTrainer:
     def _lr_factor(self) -> Tensor:
         factors = [recipe.lr_factor(self.progress.epoch) for recipe in self._recipes]
         return torch.tensor(factors, dtype=self.progress.params.dtype, device=self.device)[:, None]
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _end_epoch(self) -> None:
         now = self.progress
@@ -297,34 +261,64 @@ class StackTrainer:
         now.running = now.running & ~rows
 
     def _evaluate(self, split: Split) -> Scores:
-        return evaluate(self.network, self.progress.params, self.progress.buffers, split)
+        now = self.progress
+        return evaluate(self.network, now.params, now.buffers, split, self.objective, self.ranks)
 
     def _epoch_row(self, scores: Mapping[str, Scores | None], row: int, lr: float | None) -> dict[str, Any]:
         columns: dict[str, Any] = {"epoch": self.progress.epoch}
         for part, score in scores.items():
-            columns[f"{part}_loss"] = float(score.loss[row]) if score else None
-            columns[f"{part}_acc"] = float(score.acc[row]) if score else None
+            for name in ("loss", "acc", "dice"):
+                values = getattr(score, name, None)
+                columns[f"{part}_{name}"] = None if values is None else float(values[row])
         return {**columns, "lr": lr, "seconds": self.progress.seconds}
 
     def _finish(self, row: int, position: int, status: str, train: Scores) -> None:
         now, outcome = self.progress, self.outcomes[position]
         last = outcome.epochs[-1]
-        best = max(outcome.epochs, key=lambda epoch: float(epoch["test_acc"]))
+        gap = None if last["train_acc"] is None else last["train_acc"] - last["test_acc"]
+        best = (
+            min(outcome.epochs, key=lambda epoch: float(epoch["test_loss"]))
+            if gap is None
+            else max(outcome.epochs, key=lambda epoch: float(epoch["test_acc"]))
+        )
         outcome.row = {
             "status": status,
             "epochs_run": now.epoch,
             "n_params": self.network.n_params,
             **{name: last[name] for name in last if name not in {"epoch", "lr", "seconds"}},
-            "train_acc_clean": float(train.acc_clean[row]),
+            "train_acc_clean": None if train.acc_clean is None else float(train.acc_clean[row]),
             "best_test_acc": best["test_acc"],
             "best_test_epoch": best["epoch"],
-            "gen_gap": last["train_acc"] - last["test_acc"],
+            "gen_gap": gap,
             "loss_gap": last["test_loss"] - last["train_loss"],
-            "label_flip_rate": float(self._data.label_flip_rate[row]),
+            "label_flip_rate": float(self._data.label_flip_rate[row]) if self.objective.has_labels else None,
             "seconds": now.seconds,
         }
         outcome.params = now.params[row].detach().cpu().clone()
         outcome.buffers = {name: buffer[row].cpu().clone() for name, buffer in now.buffers.items()}
+
+
+def check_together(trial: Trial, execution: Execution) -> None:
+    """Check that several processes can train a trial.
+
+    Raises:
+        RequestError: There are several models, or execution options that only one process can have.
+    """
+    size = execution.processes_per_model
+    if size == 1:
+        return
+    if len(trial.models) > 1:
+        raise RequestError(
+            f"--processes-per-model {size} trains one model at a time, and this trial has {len(trial.models)}; "
+            "give --models-per-trial 1"
+        )
+    asked = {
+        "--micro-batch auto": execution.micro_batch == "auto",
+        "--compile": execution.compile,
+        "--cuda-graphs": execution.cuda_graphs,
+    }
+    for option in (option for option, given in asked.items() if given):
+        raise RequestError(f"{option} does not go with --processes-per-model {size}; leave one of the two out")
 
 
 def check_split(rule: Rule, batch_size: int) -> None:
@@ -342,7 +336,7 @@ def initial_stack(
     recipes: Sequence[Recipe],
     dtype: torch.dtype,
     device: torch.device,
-    vectorize: Any = "auto",
+    execution: Execution,
 ) -> tuple[StackedNetwork, Tensor, dict[str, Tensor]]:
     """Build every model under its own seed; return the network, weights `[K, d]` and stacked buffers.
 
@@ -355,7 +349,12 @@ def initial_stack(
                 torch.manual_seed(stream_key("init", recipe.init_seed))
                 modules[recipe.init_seed] = build()
     params, buffers = StackedNetwork.stack([modules[recipe.init_seed] for recipe in recipes])
-    network = StackedNetwork(next(iter(modules.values())), vectorize)
+    together = execution.processes_per_model == 1
+    network = StackedNetwork(
+        next(iter(modules.values())),
+        execution.vectorize if together else "loop",  # what processes share is exchanged in plain calls
+        channels_last=execution.channels_last,
+    )
     network.template.to(device=device, dtype=dtype)
     return (
         network,

@@ -8,6 +8,11 @@ from typing import Annotated, Literal
 
 from flatmin.settings import Setting
 
+Augmentation = Literal[
+    "none", "flip", "crop_flip", "crop_flip_cutout", "autoaugment_cutout", "random_resized_crop_flip"
+]
+"""What `flatmin.trainables.augmentation` can do to images."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,9 +29,17 @@ class Recipe:
     lr_decay: float
     stop_loss: float
     max_loss: float
+    label_smoothing: float
     label_noise: float
+    label_noise_kind: str
     data_noise: float
+    data_noise_clip: bool
+    train_size: int | None
+    imbalance: float
     val_size: int
+    split_seed: int
+    augmentation: str
+    cutout_size: int
     eval_every: int
     precision: str
     bn_updates: str
@@ -97,10 +110,20 @@ def training(
             per_model=True,
         ),
     ] = 1e4,
+    label_smoothing: Annotated[
+        float,
+        Setting(
+            about="Share of the target spread over all classes in the trained loss; no score and no measure has it.",
+            ge=0,
+            lt=1,
+            per_model=True,
+            neutral=0.0,
+        ),
+    ] = 0.0,
     label_noise: Annotated[
         float,
         Setting(
-            about="Share of training labels replaced by a class drawn from all classes, the true one included.",
+            about="Share of training labels replaced by a class drawn at random (see `label_noise_kind`).",
             unit="fraction",
             ge=0,
             le=1,
@@ -116,7 +139,50 @@ def training(
             per_model=True,
         ),
     ] = 0.0,
+    label_noise_kind: Annotated[
+        Literal["uniform", "symmetric"],
+        Setting(
+            about="What a noisy label is drawn from: all classes, the true one included, or the others.",
+            per_model=True,
+            neutral="uniform",
+        ),
+    ] = "uniform",
+    data_noise_clip: Annotated[
+        bool,
+        Setting(
+            about="Whether noisy inputs are cut off at 0 and 1, the range of images.", per_model=True, neutral=False
+        ),
+    ] = False,
+    train_size: Annotated[
+        int | None,
+        Setting(
+            about="Training examples used, at random; a smaller set is part of a larger one. All unless given.",
+            unit="examples",
+            ge=1,
+            neutral=None,
+        ),
+    ] = None,
+    imbalance: Annotated[
+        float,
+        Setting(
+            about="Largest over smallest class of the training set, sizes falling exponentially with the class.",
+            ge=1,
+            neutral=1.0,
+        ),
+    ] = 1.0,
     val_size: Annotated[int, Setting(about="Training examples held out for validation.", unit="examples", ge=0)] = 0,
+    split_seed: Annotated[
+        int,
+        Setting(
+            about="Seed of which examples `val_size` holds out, and `imbalance` and `train_size` keep.", ge=0, neutral=0
+        ),
+    ] = 0,
+    augmentation: Annotated[
+        Augmentation, Setting(about="How images are changed at random in each epoch.", neutral="none")
+    ] = "none",
+    cutout_size: Annotated[
+        int, Setting(about="Side of the square that cutout sets to zero.", unit="pixels", ge=1, neutral=16)
+    ] = 16,
     eval_every: Annotated[int, Setting(about="Epochs between evaluations.", unit="epochs", ge=1)] = 1,
     precision: Annotated[
         Literal["fp32", "tf32", "bf16", "fp64"],
@@ -143,9 +209,17 @@ def training(
         lr_decay=lr_decay,
         stop_loss=stop_loss,
         max_loss=max_loss,
+        label_smoothing=label_smoothing,
         label_noise=label_noise,
+        label_noise_kind=label_noise_kind,
         data_noise=data_noise,
+        data_noise_clip=data_noise_clip,
+        train_size=train_size,
+        imbalance=imbalance,
         val_size=val_size,
+        split_seed=split_seed,
+        augmentation=augmentation,
+        cutout_size=cutout_size,
         eval_every=eval_every,
         precision=precision,
         bn_updates=bn_updates,

@@ -4,6 +4,8 @@ FlatminError
 ├── RequestError       the request is wrong; the command line exits with 2 and no traceback
 │   └── StudyError     all that is wrong with one study, collected
 ├── ResultsError       a results directory cannot be used as asked
+├── DataError          a data set cannot be read: a file is damaged, or not what it should be
+│   └── MissingData    its files are not there
 └── LeaseLost          another driver owns the results now; this process may not commit
 """
 
@@ -33,8 +35,32 @@ class ResultsError(RequestError):
     """A results directory is missing, of another study, of an older schema, or cannot be written."""
 
 
+class DataError(FlatminError):
+    """A data set cannot be read.
+
+    Args:
+        found: What is wrong: the file, what is in it, and what should be.
+        mend: What to do about it.
+    """
+
+    def __init__(self, found: str, mend: str) -> None:
+        self.found, self.mend = found, mend
+        super().__init__(found, mend)
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.mend}"
+
+
+class MissingData(DataError):
+    """The files of a data set are not there."""
+
+
 class LeaseLost(FlatminError):
     """Another driver took the results over, so this process must not write them."""
+
+
+class RequestWarning(UserWarning):
+    """The request can be carried out, and some of what comes out says less than it seems to."""
 
 
 class CorruptFileWarning(UserWarning):

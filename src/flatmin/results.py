@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.settings import Argument
-from flatmin.tables import SCHEMA_VERSION, TABLES, schema, to_arrow
+from flatmin.tables import ADDED, SCHEMA_VERSION, TABLES, schema, to_arrow
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,7 @@ class Results:
         for file in sorted(file for file in (self.path / table).glob("*.parquet") if file.is_file()):
             try:
                 rows = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
+                rows = _with_added(rows, schema(table))
                 wrong = [field.name for field in schema(table) if field not in rows.schema]
                 if wrong:
                     raise ValueError(
@@ -228,6 +229,14 @@ class Results:
             except (pa.ArrowException, OSError, ValueError) as error:
                 bad.append((file, error))
         return good, bad
+
+
+def _with_added(rows: pa.Table, expected: pa.Schema) -> pa.Table:
+    """Return a file's rows with the columns that its version did not have yet."""
+    for field in expected:
+        if field.name in ADDED and field.name not in rows.column_names:
+            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+    return rows
 
 
 def _frame(rows: pa.Table) -> pd.DataFrame:

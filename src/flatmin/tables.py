@@ -19,6 +19,11 @@ _TIME = pa.timestamp("us", tz="UTC")
 _KEY = [("model_id", pa.string()), ("trial_id", pa.string())]
 _SCORES = [(name, pa.float64()) for name in ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc")]
 
+ADDED = ("train_dice", "val_dice", "test_dice")
+"""Columns of `models` and `epochs` that files of earlier versions lack; null there."""
+
+_DICE = [(name, pa.float64()) for name in ADDED]
+
 _FIXED: Mapping[str, list[tuple[str, pa.DataType]]] = {
     "plan": [("model_id", pa.string()), ("study", pa.string()), ("planned_at", _TIME)],
     "models": [
@@ -44,8 +49,9 @@ _FIXED: Mapping[str, list[tuple[str, pa.DataType]]] = {
         ("host", pa.string()),
         ("started_at", _TIME),
         ("execution", pa.string()),
+        *_DICE,
     ],
-    "epochs": [*_KEY, ("epoch", pa.int64()), *_SCORES, ("lr", pa.float64()), ("seconds", pa.float64())],
+    "epochs": [*_KEY, ("epoch", pa.int64()), *_SCORES, ("lr", pa.float64()), ("seconds", pa.float64()), *_DICE],
     "sharpness": [
         *_KEY,
         ("epoch", pa.int64()),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flatmin.errors import RequestError
 from flatmin.settings import digest
 
 
@@ -58,12 +59,31 @@ class Execution:
         threads: Threads of one trial on the CPU.
         checkpoint_seconds: Time between two checkpoints of a trial under way.
         vectorize: `auto`, `vmap` or `loop` (see `flatmin.stack.StackedNetwork`).
+        compile: Whether the training pass is compiled (torch.compile).
+        cuda_graphs: Whether the training pass is launched as one CUDA graph.
+        channels_last: Whether images lie in memory channels last.
+        micro_batch: The most examples of each model in one pass; None: a whole batch, `auto`: as many as fit.
+        processes_per_model: Processes that train a model together, each on a GPU of its own where there are any.
     """
 
     device: str = "cpu"
     threads: int = 1
     checkpoint_seconds: float = 300.0
     vectorize: Literal["auto", "vmap", "loop"] = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
+    channels_last: bool = False
+    micro_batch: int | Literal["auto"] | None = None
+    processes_per_model: int = 1
+
+    def check_device(self) -> None:
+        """Refuse what the device cannot do.
+
+        Raises:
+            RequestError: CUDA graphs were asked for, without CUDA.
+        """
+        if self.cuda_graphs and self.device != "cuda":
+            raise RequestError("--cuda-graphs: the trials run on a CPU, which has none; leave it out")
 
 
 @dataclass(frozen=True)

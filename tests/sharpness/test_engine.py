@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatmin.errors import RequestError
 from flatmin.sharpness import Engine, measure_stack
+from flatmin.sharpness.losses import PerExample
 from flatmin.stack import Batch, StackedNetwork
 
 ALL = ["lpf", "lpf(sigma=0.3)", "hessian_trace(max_samples=30)", "lambda_max", "eps_sharpness"]
@@ -112,19 +116,105 @@ def test_half_precision_is_widened(mlp: Any) -> None:
     assert close(engine.losses(), whole.losses(), 0.02)
 
 
-def test_a_network_without_curvature_has_none() -> None:
-    class Constant(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2))
+class Shifted(nn.Module):
+    """Its outputs are linear in its weights."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 0.0 * self.weight.sum()
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
 
-    params, buffers = StackedNetwork.stack([Constant()])
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight.sum()
+
+
+def shifted(loss: PerExample) -> Engine:
+    params, buffers = StackedNetwork.stack([Shifted()])
     batch = Batch(torch.zeros(3, 4), torch.zeros(1, 3, dtype=torch.int64), shared=True)
-    engine = Engine(StackedNetwork(Constant()), params, buffers, [batch], torch.tensor([0]))
+    return Engine(StackedNetwork(Shifted()), params, buffers, [batch], torch.tensor([0]), loss=loss)
+
+
+def test_a_network_without_curvature_has_none() -> None:
+    engine = shifted(lambda outputs, targets: outputs.sum(dim=1))
+    assert engine.gradient().tolist() == [[4.0, 4.0]]
     assert engine.hvp(torch.ones(1, 2)).tolist() == [[0.0, 0.0]]
+
+
+def test_a_loss_that_ignores_its_outputs_is_refused() -> None:
+    """Also where it hangs on the weights by the graph."""
+    with pytest.raises(RequestError, match="exactly zero at the weights and at random ones"):
+        shifted(lambda outputs, targets: (0.0 * outputs).sum(dim=1))
+
+
+def test_a_flat_place_is_measured(mlp: Any) -> None:
+    """A network that is certain of every example has no slope at its weights, and one elsewhere."""
+    whole, module = mlp.engine(), mlp.modules[0]
+    with torch.no_grad():
+        module[0].bias.fill_(-1e6)
+        module[2].bias.copy_(torch.tensor([1e3, 0.0, 0.0]))
+    params, _ = StackedNetwork.stack([module])
+    batch = Batch(mlp.x, torch.zeros_like(mlp.y[:1]), shared=True)
+    assert not bool(Engine(whole.network, params, {}, [batch], mlp.keys[:1]).gradient().any())
+
+
+class Mixing(nn.Module):
+    """Its outputs for one example depend on the others of a batch."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.mix = nn.Linear(4, 3), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.layer(x))
+
+
+def by_the_batch(x: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, None, None, training=True)
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        (lambda x: x - x.mean(dim=0), "depends on the others of its batch"),
+        (lambda x: x * (1 + 0.1 * x.softmax(dim=0)), "depends on the others of its batch"),
+        (by_the_batch, "cannot be evaluated on one example alone.*Expected more than 1 value"),
+    ],
+    ids=["centred", "slightly", "batch_norm"],
+)
+@pytest.mark.parametrize("cuts", [(), tuple(range(1, 23))], ids=["whole", "one by one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_network_that_mixes_examples_is_refused(
+    mlp: Any, mix: Any, message: str, cuts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    module = Mixing(mix).to(dtype)
+    params, _ = StackedNetwork.stack([module])
+    batches = [Batch(batch.x.to(dtype), batch.y[:1], shared=True) for batch in mlp.engine(cuts).batches if len(batch.x)]
+    with pytest.raises(RequestError, match=message):
+        Engine(StackedNetwork(module), params, {}, batches, mlp.keys[:1])
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("rate", [0.5, 1e-3])
+def test_dropout_left_on_is_named(mlp: Any, vectorize: Any, rate: float) -> None:
+    module = Mixing(lambda x: nn.functional.dropout(x, rate)).double()
+    params, _ = StackedNetwork.stack([module])
+    with pytest.raises(RequestError, match=r"in eval mode.*dropout left on"):
+        Engine(StackedNetwork(module, vectorize), params, {}, [Batch(mlp.x, mlp.y[:1], True)], mlp.keys[:1])
+
+
+def test_attention_without_a_second_derivative_has_a_way_out(mlp: Any) -> None:
+    def attend(x: Tensor) -> Tensor:
+        each = x[:, None, :, None].expand(-1, 1, -1, 8).contiguous()
+        return nn.functional.scaled_dot_product_attention(each, each, each)[:, 0, :, 0]
+
+    module = Mixing(attend).double()
+    params, _ = StackedNetwork.stack([module])
+    batch, network = Batch(mlp.x, mlp.y[:1], shared=True), StackedNetwork(module, "loop")
+    engine, v = Engine(network, params, {}, [batch], mlp.keys[:1]), torch.ones(1, network.n_params)
+    for product in (engine.hvp, lambda v: engine.slopes(v[None])):
+        with pytest.raises(RequestError, match=r"no second derivative.*SDPBackend\.MATH"):
+            product(v)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert bool(Engine(network, params, {}, [batch], mlp.keys[:1]).hvp(v).any())
 
 
 @pytest.mark.parametrize(

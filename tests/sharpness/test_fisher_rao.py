@@ -86,6 +86,32 @@ def test_a_loss_without_a_distribution_is_refused(mlp: Any) -> None:
     assert bool(fisher_rao(engine, fisher="empirical").converged.all())
 
 
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), reduction="none")
+
+
+@pytest.mark.parametrize("cut", ["whole", "one by one", "by class", "one class"])
+@pytest.mark.parametrize("kind", ["weighted", "huber"])
+def test_no_cut_of_the_examples_hides_a_dependence_on_the_labels(mlp: Any, kind: str, cut: str) -> None:
+    x, y = mlp.x, mlp.y[0].clamp(max=1 if cut == "one class" else 2)
+    y = torch.ones_like(y) if cut == "one class" else y
+    targets = y if kind == "weighted" else nn.functional.one_hot(y, 3).double()
+    parts = {"whole": [x[:, 0] < torch.inf], "by class": [y == c for c in range(3)]}.get(cut, [])
+    batches = [(x[part], targets[part]) for part in parts] or list(zip(x.split(1), targets.split(1), strict=True))
+    loss = WEIGHTED if kind == "weighted" else nn.HuberLoss(delta=0.5)
+    with pytest.raises(RequestError, match="depends on the labels"):
+        measure(mlp.modules[0], loss, batches, ["fisher_rao"])
+
+
+@pytest.mark.parametrize("targets", ["classes", "probabilities"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_every_cut_of_a_likelihood_gives_the_same(mlp: Any, targets: str, alike: bool) -> None:
+    y = torch.ones_like(mlp.y[0]) if alike else mlp.y[0]
+    given = y if targets == "classes" else 0.1 + 0.7 * nn.functional.one_hot(y, 3).double()
+    for data in ((mlp.x, given), list(zip(mlp.x.split(1), given.split(1), strict=True))):
+        frame = measure(mlp.modules[0], "cross_entropy", data, ["fisher_rao"])
+        assert frame["value"][0] == pytest.approx(fisher_rao(mlp.engine()).value[0].item(), rel=1e-9)
+
+
 def test_a_torch_loss_will_do(mlp: Any) -> None:
     frame = measure(mlp.modules[0], nn.CrossEntropyLoss(), (mlp.x, mlp.y[0]), ["fisher_rao"])
     assert frame["value"][0] == pytest.approx(fisher_rao(mlp.engine()).value[0].item(), rel=1e-9)

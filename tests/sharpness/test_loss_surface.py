@@ -134,6 +134,7 @@ def test_the_line_to_the_initial_weights_ends_there(mlp: Any) -> None:
 def test_too_little_memory_for_eigenvectors_is_said(mlp: Any) -> None:
     estimate = loss_surface(mlp.engine(memory=0), directions="hessian", points_per_axis=3)
     assert not bool(estimate.converged.any())
+    assert bool(estimate.stderr.isnan().all())
     assert estimate.samples.tolist() == [3 + 2] * 4
     assert estimate.passes.tolist() == [3 + 4 * 2] * 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatmin.errors import FlatminError, RequestError
-from flatmin.sharpness import Curve, Engine, Estimate, curves, measure, measure_stack
+from flatmin.sharpness import Curve, Engine, Estimate, curves, measure, measure_stack, scale, surface_between
 from flatmin.sharpness.estimate import exact
-from flatmin.stack import stream_key
+from flatmin.stack import StackedNetwork, stream_key
 
 LABELS = ["lpf(sigma=0.1)", "hessian_trace", "lambda_max", "eps_sharpness"]
 
@@ -175,6 +177,120 @@ def test_a_zero_gradient_has_no_eps_sharpness() -> None:
     assert not row["converged"]
 
 
+EVERY = ["l2_norm", "distance_from_initialisation", "path_norm", "spectral_norms", "lpf", "lambda_max", "fisher_rao"]
+
+
+def values(module: nn.Module, labels: list[str], **options: Any) -> list[float]:
+    frame = measure(module.double(), "cross_entropy", (examples()[0].double(), examples()[1]), labels, **options)
+    found: list[float] = frame["value"].tolist()
+    return found
+
+
+def test_a_model_that_is_all_frozen_is_measured_as_one_that_is_not() -> None:
+    module, start = model(), model().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.add_(0.1)
+    expected = values(module, EVERY, initial=start)
+    assert values(module.requires_grad_(False), EVERY, initial=start) == expected
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_frozen_weights_are_no_weights() -> None:
+    """They are a fixed part of the network, through which its paths go."""
+    module = model().double().eval()
+    module[0].requires_grad_(False)  # type: ignore[index]
+    module[1].requires_grad_(False)  # type: ignore[index]
+    head = module[3]  # type: ignore[index]
+    path = values(copy.deepcopy(module).requires_grad_(True), ["path_norm"])
+    found = dict(zip(EVERY, values(module, EVERY, initial=model()), strict=True))
+    flat = nn.utils.parameters_to_vector(head.parameters())
+    assert found["l2_norm"] == pytest.approx(flat.norm().item(), rel=1e-12)
+    assert found["spectral_norms"] == pytest.approx(float(np.log(np.linalg.norm(head.weight.detach(), 2))), rel=1e-12)
+    assert found["path_norm"] == path[0]
+    features, y = module[:3](examples()[0].double()), examples()[1]  # type: ignore[index]
+    for label in ("lpf", "lambda_max", "fisher_rao"):
+        alone = measure(head, "cross_entropy", (features, y), [label])
+        assert found[label] == pytest.approx(alone["value"][0], rel=1e-9)
+
+
+class Tied(nn.Module):
+    """Two layers of one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+        return y
+
+
+def test_shared_weights_are_measured() -> None:
+    """Against the network of two matrices that are alike."""
+    module = Tied().double()
+    apart = copy.deepcopy(module)
+    apart.b.weight = nn.Parameter(apart.a.weight.detach().clone())
+    labels = [
+        "path_norm",
+        "spectral_norms",
+        "fisher_rao",
+        "l2_norm",
+        "lpf",
+        "loss_surface",
+        "hessian_trace(metric=identity)",
+    ]
+    found, expected = (values(each, labels) for each in (module, apart))
+    assert found[:3] == pytest.approx(expected[:3], rel=1e-9)
+    flat = nn.utils.parameters_to_vector(module.parameters())
+    assert found[3] == pytest.approx(flat.norm().item(), rel=1e-12)
+    assert found[3] < expected[3]
+    names = list(dict(module.named_parameters()))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        outputs = functional_call(module, dict(zip(names, tensors, strict=True)), (examples()[0].double(),))
+        return nn.functional.cross_entropy(outputs, examples()[1])
+
+    blocks = torch.autograd.functional.hessian(loss, tuple(module.parameters()))  # type: ignore[no-untyped-call]
+    trace = sum(blocks[k][k].reshape(p.numel(), -1).trace().item() for k, p in enumerate(module.parameters()))
+    assert found[6] == pytest.approx(trace, rel=1e-9)
+
+
+def test_the_scale_of_shared_weights_is_that_of_their_rows() -> None:
+    network = StackedNetwork(Tied())
+    params, _ = StackedNetwork.stack([network.template])
+    d = network.views(scale(network, params, "filter"))
+    rows = network.template.a.weight.detach().norm(dim=1)  # type: ignore[union-attr, operator]
+    for name in ("a", "b"):
+        bias = getattr(network.template, name).bias.detach().abs()
+        assert d[f"{name}.bias"][0].tolist() == pytest.approx((rows + bias).tolist(), rel=1e-6)
+    assert d["a.weight"][0, :, 0].tolist() == pytest.approx(d["a.bias"][0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": 0}, "points = 0"),
+        ({"points": 1}, "should be 2 points or more"),
+        ({"reach": -0.4}, r"reach = -0\.4"),
+        ({"vectorize": "vmapp"}, "valid: auto, vmap, loop"),
+        ({"memory": -1}, "memory = -1"),
+    ],
+)
+def test_a_line_that_cannot_be_drawn_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        surface_between(model(), model(), "cross_entropy", examples(), **change)
+
+
+def test_a_subset_of_batches_of_different_shapes_is_refused() -> None:
+    module = nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.Linear(4, 3))
+    data = [(torch.randn(90, size), torch.arange(90) % 3) for size in (8, 5)]
+    assert bool(measure(module, "cross_entropy", data, ["lpf"])["converged"].all())
+    with pytest.raises(RequestError, match=r"examples of different shapes cannot be drawn from: \(8,\), \(5,\)"):
+        measure(module, "cross_entropy", data, ["lpf(subset=64)"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -190,6 +306,15 @@ def test_a_zero_gradient_has_no_eps_sharpness() -> None:
         ({"data": (torch.zeros(3, 7), torch.zeros(3, dtype=torch.int64))}, "cannot be evaluated on the examples"),
         ({"measures": "lpf"}, r"write \['lpf'\]"),
         ({"measures": ["lpff"]}, "'lpff'"),
+        ({"measures": None}, r"measures = None: should be a list of labels"),
+        ({"measures": [3]}, r"measures = \[3\]: should be a list of labels"),
+        ({"memory": "lots"}, "memory = 'lots': should be a number of bytes"),
+        ({"memory": -1}, "memory = -1"),
+        ({"vectorize": "vmapp"}, "valid: auto, vmap, loop"),
+        ({"model": model().to("meta")}, "the network is on the device 'meta'"),
+        ({"data": (torch.zeros(3, 4, device="meta"), torch.zeros(3).long())}, "the examples are on the device 'meta'"),
+        ({"loss": lambda outputs, y: (outputs + 0j).sum(dim=1)}, "the loss is complex"),
+        ({"loss": lambda outputs, y: (0 * outputs).sum(dim=1)}, "exactly zero at the weights and at random ones"),
         ({"measures": ["lpf(data=val)"]}, "there is no 'val' set to measure on; there are: train"),
         (
             {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))},

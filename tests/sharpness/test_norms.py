@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -157,6 +158,71 @@ def test_what_is_not_homogeneous_has_no_path_norm(layer: nn.Module) -> None:
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 3)))
     with pytest.raises(FlatminError, match="not homogeneous"):
         path_norm(engine_of(module))
+
+
+class Forward(nn.Module):
+    """One linear layer of a given size before what a function makes of it, and one of three outputs behind."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], hidden: int, rest: int) -> None:
+        super().__init__()
+        self.function, self.first, self.last = function, nn.Linear(4, hidden), nn.Linear(rest, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.function(self.first(x)))
+        return y
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.length, self.direction = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.length * nn.functional.normalize(self.direction))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)),
+        nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2)), nn.InstanceNorm1d(3), nn.Flatten(), nn.Linear(6, 3)),
+        nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2)), nn.GroupNorm(3, 3), nn.Flatten(), nn.Linear(6, 3)),
+        Forward(lambda h: h + nn.functional.layer_norm(h, (5,)), 5, 5),
+        Forward(lambda h: h * h.softmax(dim=1), 5, 5),
+        Forward(nn.functional.elu, 5, 5),
+        Forward(nn.functional.relu6, 5, 5),
+        Forward(lambda h: h[:, :3] * h[:, 3:], 6, 3),
+    ],
+    ids=["first", "instance", "group", "residual", "gate", "elu", "clipped", "product"],
+)
+def test_what_looks_homogeneous_on_ones_has_no_path_norm(module: nn.Module) -> None:
+    """Normalising a constant gives 0, and a squared network has no negative number."""
+    with pytest.raises(RequestError, match="not homogeneous"):
+        path_norm(engine_of(seeded(lambda: module)))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Forward(lambda h: h[:, :3] - h[:, 3:], 6, 3),
+        Forward(lambda h: torch.relu(h[:, :3] - 0.1 * h[:, 3:]), 6, 3),
+        Forward(lambda h: -3.0 * h, 5, 5),
+        Normed(),
+    ],
+    ids=["difference", "rectified", "negative", "normed"],
+)
+def test_paths_that_count_negatively_cannot_be_summed(module: nn.Module) -> None:
+    with pytest.raises(RequestError, match="falls where one of them rises"):
+        path_norm(engine_of(seeded(lambda: module)))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.LeakyReLU(0.1), nn.PReLU(), nn.MaxPool1d(1), nn.Dropout(), nn.Identity()], ids=repr
+)
+def test_what_passes_positive_numbers_on_changes_no_path(layer: nn.Module) -> None:
+    first, last = nn.Linear(4, 5), nn.Linear(5, 3)
+    module, plain = nn.Sequential(first, layer, last), nn.Sequential(first, last)
+    assert path_norm(engine_of(module)).value.item() == pytest.approx(path_norm(engine_of(plain)).value.item())
 
 
 def kinds() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
+from flatmin.errors import RequestError
 from flatmin.stack import Batch, StackedNetwork, Streams
 
 
@@ -89,10 +90,10 @@ def test_what_draws_at_random_without_a_stream_is_refused(batch: Batch, vectoriz
     params, buffers = StackedNetwork.stack([noisy, noisy])
     network = StackedNetwork(noisy, vectorize)
     two = batch.select(torch.tensor([0, 1]))
-    with pytest.raises(RuntimeError, match="random"):
+    with pytest.raises(RequestError, match="random"):
         network.losses(params, buffers, two, train=True)
     rrelu = nn.Sequential(nn.Flatten(), nn.RReLU(), nn.Linear(72, 4)).double()
-    with pytest.raises(RuntimeError, match=r"random|rrelu"):
+    with pytest.raises(RequestError, match=r"random|rrelu"):
         StackedNetwork(rrelu, vectorize).losses(
             *StackedNetwork.stack([rrelu, rrelu]), two, train=True, streams=Streams(torch.arange(2))
         )
@@ -102,3 +103,100 @@ def test_what_draws_at_random_without_a_stream_is_refused(batch: Batch, vectoriz
 def test_a_network_without_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match="no parameters"):
         StackedNetwork(nn.Flatten())
+
+
+class Awkward(nn.Module):
+    """BatchNorm, and then something that vmap refuses."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.linear, self.how = nn.BatchNorm1d(72), nn.Linear(72, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.flatten(1))
+        if self.how == "branches on data":
+            return torch.as_tensor(self.linear(x if x.sum() > 0 else 2 * x))
+        out = torch.zeros(len(x), 4, dtype=x.dtype)
+        out += self.linear(x)
+        return out
+
+
+@pytest.mark.parametrize("how", ["branches on data", "fills a tensor of its own"])
+def test_what_vmap_refuses_is_looped_over(batch: Batch, how: str) -> None:
+    """And BatchNorm's statistics move once, though vmap came as far as them."""
+    modules = [Awkward(how).double() for _ in range(3)]
+    params, buffers = StackedNetwork.stack(modules)
+    network = StackedNetwork(modules[0])
+    for _ in range(2):
+        out = network.logits(params, buffers, batch, train=True)
+        for k, module in enumerate(modules):
+            torch.testing.assert_close(out[k], module(batch.x[k]), rtol=0, atol=1e-12)
+            for name, buffer in module.named_buffers():
+                torch.testing.assert_close(buffers[name][k], buffer, rtol=0, atol=1e-12)
+    with pytest.raises(RequestError, match=r"does not go through torch.func.vmap .*vectorize='loop'"):
+        StackedNetwork(modules[0], "vmap").logits(params, buffers, batch, train=True)
+
+
+class Assigning(nn.Module):
+    """Keeps a running mean by assigning a new tensor to its buffer."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(72, dtype=torch.float64))
+        self.linear = nn.Linear(72, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * self.linear(x).sum() * x.mean(dim=0)
+        return torch.as_tensor(self.linear(x - self.mean))
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_a_buffer_that_is_assigned_anew_moves_as_in_the_module(batch: Batch, vectorize: Any) -> None:
+    modules = [Assigning() for _ in range(3)]
+    params, buffers = StackedNetwork.stack(modules)
+    network = StackedNetwork(modules[0], vectorize)
+    for _ in range(3):
+        leaf = params.clone().requires_grad_()
+        out = network.logits(leaf, buffers, batch, train=True)
+        for k, module in enumerate(modules):
+            torch.testing.assert_close(out[k], module(batch.x[k]), rtol=0, atol=1e-12)
+            torch.testing.assert_close(buffers["mean"][k], module.mean, rtol=0, atol=1e-12)
+            module.mean = module.mean.detach()
+        assert not buffers["mean"].requires_grad
+    kept = buffers["mean"].clone()
+    network.logits(params, buffers, batch)
+    assert torch.equal(buffers["mean"], kept)
+    assert kept.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_a_lazy_layer_is_refused_with_its_name() -> None:
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    with pytest.raises(RequestError, match=r"'1\.weight' of the network is lazy"):
+        StackedNetwork(lazy)
+    with pytest.raises(RequestError, match=r"'1\.weight' of the network is lazy"):
+        StackedNetwork.stack([lazy])
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_a_network_that_returns_no_tensor_is_refused(batch: Batch, vectorize: Any) -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            return {"out": super().forward(input.flatten(1))}
+
+    module = Pair(72, 4).double()
+    params, buffers = StackedNetwork.stack([module] * 3)
+    with pytest.raises(RequestError, match="the network returns dict"):
+        StackedNetwork(module, vectorize).logits(params, buffers, batch)
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+def test_an_error_of_the_network_itself_comes_through(batch: Batch, vectorize: Any) -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(71, 4)).double()
+    params, buffers = StackedNetwork.stack([module] * 3)
+    with pytest.raises((RuntimeError, RequestError), match=r"71|72"):
+        StackedNetwork(module, vectorize).logits(params, buffers, batch)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 from torch.nn import functional
 
 from flatmin.stack import Streams, normal, permutation, rademacher, stream_key, uniform
-from flatmin.stack.streams import _bits, dropout_from, dropout_mask
+from flatmin.stack.streams import bits_at, draws_from, dropout_mask, layer_uniform
 
 
 def splitmix64(seed: int, count: int) -> list[int]:
@@ -24,7 +25,7 @@ def splitmix64(seed: int, count: int) -> list[int]:
 
 
 def test_bits_are_splitmix64() -> None:
-    ours = _bits(torch.tensor(12345), torch.arange(20)) & 0x7FFFFFFFFFFFFFFF
+    ours = bits_at(torch.tensor(12345), torch.arange(20)) & 0x7FFFFFFFFFFFFFFF
     assert ours.tolist() == [number & 0x7FFFFFFFFFFFFFFF for number in splitmix64(12345, 20)]
 
 
@@ -74,7 +75,7 @@ def test_keys_depend_on_the_model_alone() -> None:
 def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
     key = Streams(torch.tensor([stream_key("training", 0)]), 3).keys[0]
     x = torch.ones(200, 100, dtype=torch.float64)
-    with dropout_from(key):
+    with draws_from(key):
         first, second = functional.dropout(x, p), functional.dropout(x, p)
         evaluated = functional.dropout(x, p, training=False)
     assert abs(float((first == 0).double().mean()) - p) < 0.02
@@ -84,8 +85,51 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
 
 
 def test_whole_channels_are_dropped_together() -> None:
-    with dropout_from(torch.tensor(5)):
+    with draws_from(torch.tensor(5)):
         out = functional.dropout2d(torch.ones(8, 6, 4, 4), 0.5)
     per_channel = out.flatten(2)
     assert torch.equal(per_channel.amin(2), per_channel.amax(2))
     assert 0 < int((per_channel[..., 0] == 0).sum()) < 48
+
+
+def test_rand_like_draws_uniform_numbers_from_the_models_stream() -> None:
+    key = Streams(torch.tensor([stream_key("training", 0)]), 3).keys[0]
+    with draws_from(key):
+        first = torch.rand_like(torch.empty(500, 40, dtype=torch.float64))
+        kept = functional.dropout(torch.ones(7, 5), 0.5) > 0
+        second = torch.rand_like(torch.empty(500, 1, 1, 1))
+    assert stats.kstest(first.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert torch.equal(first, layer_uniform(key, 1, (500, 40)))
+    assert torch.equal(kept, dropout_mask(key, 2, (7, 5), 0.5))
+    assert torch.equal(second, layer_uniform(key, 3, (500, 1, 1, 1)).float())
+    assert abs(float(torch.corrcoef(torch.stack([first[:, 0], second[:, 0, 0, 0].double()]))[0, 1])) < 0.15
+
+
+def test_rand_like_of_a_part_of_a_batch_is_that_part_of_the_whole() -> None:
+    key = torch.tensor(5)
+    whole = torch.empty(10, 3, 2, dtype=torch.float64)
+    with draws_from(key):
+        expected = torch.rand_like(whole)
+    with draws_from(key, first=4):
+        assert torch.equal(torch.rand_like(whole[4:7]), expected[4:7])
+
+
+def test_rand_like_under_vmap_is_each_models_own() -> None:
+    keys = Streams(torch.arange(3)).keys
+
+    def draw(key: Tensor, x: Tensor) -> Tensor:
+        with draws_from(key):
+            return x + torch.rand_like(x)
+
+    x = torch.zeros(4, 2, dtype=torch.float64)
+    together = torch.func.vmap(draw, in_dims=(0, None))(keys, x)
+    assert torch.equal(together, torch.stack([draw(key, x) for key in keys]))
+    assert len(torch.unique(together)) == together.numel()
+
+
+def test_rand_like_outside_of_a_stack_is_torchs_own() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        ours = torch.rand_like(torch.empty(4))
+        torch.manual_seed(3)
+        assert torch.equal(ours, torch.rand(4))

@@ -158,7 +158,8 @@ def reference_statistics(
 ) -> dict[str, Tensor]:
     """Return BatchNorm's buffers after a module has seen batches in training mode, each at its own weights."""
     trainer = trainer_of([one], dataset)
-    x = trainer.data.train.x
+    x = trainer.data.train.inputs.x
+    assert isinstance(x, Tensor)
     buffers = dict(trainer.progress.buffers)
     for point, batch in zip(points, batches, strict=True):
         module = trainer.network.module(point, buffers, 0).train()

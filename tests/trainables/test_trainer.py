@@ -15,7 +15,7 @@ from flatmin.plugins import program_arguments
 from flatmin.settings import model_id
 from flatmin.stack import Streams, normal, permutation, stream_key
 from flatmin.stack.streams import dropout_mask
-from flatmin.trainables.data import noisy_labels
+from flatmin.trainables.corruption import noisy_labels
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.networks.mlp import mlp
 from flatmin.trainables.trainer import StackTrainer
@@ -318,7 +318,7 @@ def test_converged_means_the_training_loss_in_eval_mode(dataset: Dataset) -> Non
     assert outcome.row is not None and outcome.params is not None
     module = trainer.network.module(outcome.params[None], {}, 0).eval()
     split = trainer.data.train
-    loss = functional.cross_entropy(module(split.x), split.y[0]).detach()
+    loss = functional.cross_entropy(module(split.between(0, len(split)).x), split.y[0]).detach()
     assert outcome.row["train_loss"] == pytest.approx(float(loss), abs=1e-12)
     assert outcome.row["status"] == "converged"
     assert outcome.row["epochs_run"] % 100 != 0

@@ -11,6 +11,7 @@ from typing import Annotated
 from torch import Tensor, nn
 
 from flatmin.settings import Setting
+from flatmin.trainables.networks.parts import image_channels
 
 
 class _Block(nn.Module):
@@ -58,7 +59,8 @@ def resnet18_narrow(
         skip: Whether blocks have skip connections.
     """
     channels = 8 * width
-    layers: list[nn.Module] = [_convolution(input_shape[0], channels, 3, 1, batch_norm), nn.ReLU()]
+    images = image_channels("resnet18_narrow", input_shape)
+    layers: list[nn.Module] = [_convolution(images, channels, 3, 1, batch_norm), nn.ReLU()]
     inputs = channels
     for stage in range(4):
         outputs = channels * 2**stage

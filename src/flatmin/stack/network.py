@@ -9,20 +9,34 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 
-from flatmin.stack.streams import Streams, dropout_from
+from flatmin.errors import RequestError
+from flatmin.stack.streams import Streams, draws_from
 
 Buffers = Mapping[str, Tensor]
 """Stacked buffers by name, each `[K, ...]`."""
+
+_OneModel = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+_DRAWS = (
+    "the network draws random numbers other than through dropout and torch.rand_like, which no stack could repeat; "
+    "write the layer with torch.rand_like of a tensor whose first axis counts examples, and train it with streams"
+)
+_RANDOM_IN_EVAL = (
+    "the network draws random numbers in eval mode, so nothing of it can be repeated: is dropout left on? "
+    "functional.dropout needs training=self.training"
+)
+_REFUSED = "the network does not go through torch.func.vmap (a loop over the models, vectorize='loop', may do)"
 
 
 @dataclass(frozen=True)
@@ -50,29 +64,40 @@ class StackedNetwork:
     Args:
         template: A module of that network; its weights are not used. It is copied.
         vectorize: `vmap`, `loop`, or `auto`: a loop for convolutions on a CPU, where grouped convolutions
-            are slower than one at a time, and vmap elsewhere.
+            are slower than one at a time, and for what vmap refuses; vmap elsewhere.
+        channels_last: Whether images go into the network with their channels last in memory.
 
     Raises:
+        RequestError: The module has parameters that get their shapes from the first batch.
         ValueError: The module has no parameters.
     """
 
-    def __init__(self, template: nn.Module, vectorize: Literal["auto", "vmap", "loop"] = "auto") -> None:
+    def __init__(
+        self, template: nn.Module, vectorize: Literal["auto", "vmap", "loop"] = "auto", *, channels_last: bool = False
+    ) -> None:
+        _check_built(template)
         self.template = copy.deepcopy(template)
+        self._maps: dict[bool, bool] = {}
         named = {name: parameter for name, parameter in self.template.named_parameters() if parameter.requires_grad}
         if not named:
             raise ValueError("the network has no parameters to train")
-        self.names = list(named)
+        self.names, self._named = list(named), set(named)
         self.shapes = [tuple(parameter.shape) for parameter in named.values()]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.n_params = sum(self.sizes)
         self.vectorize = vectorize
+        self.channels_last = channels_last
 
     @staticmethod
     def stack(modules: Sequence[nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weights `[K, d]` and buffers of K modules of one network.
 
         Parameters that require no gradient are among the buffers: nothing trains, displaces or measures them.
+
+        Raises:
+            RequestError: The modules have parameters that get their shapes from the first batch.
         """
+        _check_built(modules[0])
         rows = [
             torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters() if parameter.requires_grad])
             for module in modules
@@ -118,37 +143,88 @@ class StackedNetwork:
                 statistics) are changed in place.
             batch: The examples.
             train: Whether the network is in training mode.
-            streams: What dropout draws from; needed by a network with dropout in training mode.
+            streams: What random layers draw from (see `flatmin.stack.streams.draws_from`); needed by a network that
+                has any in training mode.
+
+        Raises:
+            RequestError: The network returns something else than a tensor, or cannot be stacked: it draws random
+                numbers of its own, or vmap was asked for and refuses it.
         """
         self.template.train(train)
-        tensors = {**self.views(params), **buffers}
+        if self.channels_last and batch.x.dim() == (4 if batch.shared else 5):
+            batch = replace(batch, x=batch.x.movedim(-3, -1).contiguous().movedim(-1, -3))
         keys = torch.zeros(len(params), dtype=torch.int64, device=params.device) if streams is None else streams.keys
-
-        def forward(own: dict[str, Tensor], key: Tensor, x: Tensor) -> Tensor:
-            with dropout_from(key) if train and streams is not None else nullcontext():
-                outputs: Tensor = functional_call(self.template, own, (x,))
-            return outputs
-
-        if self.loops(params.device):
-            before = torch.get_rng_state()
-            rows = torch.stack(
-                [
-                    forward(
-                        {name: tensor[k] for name, tensor in tensors.items()},
-                        keys[k],
-                        batch.x if batch.shared else batch.x[k],
-                    )
-                    for k in range(len(params))
-                ]
-            )
-            if not torch.equal(torch.get_rng_state(), before):
-                raise RuntimeError(
-                    "the network draws random numbers other than through dropout; a stack cannot repeat it"
-                )
-            return rows
-        in_dims = (0, 0, None if batch.shared else 0)
-        outputs: Tensor = vmap(forward, in_dims=in_dims, randomness="error")(tensors, keys, batch.x)
+        forward = self._forward(streams.first if train and streams is not None else None)
+        work = self._loop if self.loops(params.device) or not self._maps.get(train, True) else self._vmap
+        outputs, assigned = work(forward, {**self.views(params), **buffers}, keys, batch)
+        if train:
+            for name, value in assigned.items():
+                buffers[name].copy_(value.detach())
         return outputs
+
+    def _forward(self, first: int | None) -> _OneModel:
+        """Return the function of one model's tensors, key and inputs: its outputs, and what it assigned to buffers.
+
+        `self.mean = ...` in a module's forward makes a new tensor, which `functional_call` leaves in the dictionary.
+        """
+
+        def forward(own: dict[str, Tensor], key: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            given = dict(own)
+            with nullcontext() if first is None else draws_from(key, first):
+                outputs = functional_call(self.template, own, (x,))
+            if not isinstance(outputs, Tensor):
+                raise RequestError(
+                    f"the network returns {type(outputs).__name__}; it must return one tensor of outputs `[b, ...]`"
+                )
+            return outputs, {name: value for name, value in own.items() if value is not given[name]}
+
+        return forward
+
+    def _loop(
+        self, forward: _OneModel, tensors: dict[str, Tensor], keys: Tensor, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        before = None if torch.compiler.is_compiling() else torch.get_rng_state()
+        found = [
+            forward(
+                {name: tensor[k] for name, tensor in tensors.items()}, keys[k], batch.x if batch.shared else batch.x[k]
+            )
+            for k in range(len(keys))
+        ]
+        if before is not None and not torch.equal(torch.get_rng_state(), before):
+            raise RequestError(_DRAWS if self.template.training else _RANDOM_IN_EVAL)
+        assigned = {name: torch.stack([own[name] for _, own in found]) for name in found[0][1]}
+        return torch.stack([outputs for outputs, _ in found]), assigned
+
+    def _vmap(
+        self, forward: _OneModel, tensors: dict[str, Tensor], keys: Tensor, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take all models at once; what vmap refuses is looped over instead, unless vmap was asked for.
+
+        Training mode and eval mode are found out apart, so that what is done in one never depends on the other.
+        """
+        in_dims = (0, 0, None if batch.shared else 0)
+        mapped = vmap(forward, in_dims=in_dims, randomness="error")
+        train = self.template.training
+        if torch.compiler.is_compiling() or train in self._maps:
+            return mapped(tensors, keys, batch.x)
+        kept = {name: tensor.clone() for name, tensor in tensors.items() if name not in self._named}
+        try:
+            found: tuple[Tensor, dict[str, Tensor]] = mapped(tensors, keys, batch.x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if "random" in str(error):
+                raise RequestError(_DRAWS if self.template.training else _RANDOM_IN_EVAL) from error
+            if self.vectorize == "vmap":
+                raise RequestError(f"{_REFUSED}: {str(error).splitlines()[0]}") from error
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    tensors[name].copy_(tensor)
+            found = self._loop(forward, tensors, keys, batch)
+            self._maps[train] = False
+            return found
+        self._maps[train] = True
+        return found
 
     def losses(
         self,
@@ -168,6 +244,20 @@ class StackedNetwork:
             return self.vectorize == "loop"
         convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.template.modules())
         return convolutions and device.type == "cpu"
+
+
+def _check_built(module: nn.Module) -> None:
+    """Refuse a module that does not know its own shapes.
+
+    Raises:
+        RequestError: A parameter or buffer is lazy.
+    """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(tensor):
+            raise RequestError(
+                f"'{name}' of the network is lazy: it gets its shape from the first batch, and a stack needs it "
+                "before; build the layer from input_shape, or pass an example through the network where it is built"
+            )
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

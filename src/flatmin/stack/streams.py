@@ -36,7 +36,7 @@ def stream_key(stream: str, *seeds: int) -> int:
 
 def permutation(key: int, n: int) -> Tensor:
     """Return a random order of `0 .. n - 1` on the CPU, int64 `[n]`."""
-    bits = _bits(torch.tensor(key), torch.arange(n))
+    bits = bits_at(torch.tensor(key), torch.arange(n))
     return torch.sort(bits, stable=True).indices
 
 
@@ -103,13 +103,13 @@ def _pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _bits(key: Tensor, index: Tensor) -> Tensor:
+def bits_at(key: Tensor, index: Tensor) -> Tensor:
     """Return 64 random bits for every index of a stream, as int64."""
     return _mix(_mix(key) + (index + 1) * _GOLDEN)
 
 
 def _bits_between(key: Tensor, start: int, stop: int) -> Tensor:
-    return _bits(key, torch.arange(start, stop, device=key.device))
+    return bits_at(key, torch.arange(start, stop, device=key.device))
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -134,36 +134,52 @@ class Streams:
     Args:
         keys: The key of each model, int64 `[K]`.
         step: The step, so that each has numbers of its own.
+
+    Attributes:
+        keys: The key of each model in this step.
+        first: The place of the pass's first example in its batch: a part of a batch draws what it draws in the whole.
     """
 
     def __init__(self, keys: Tensor, step: int = 0) -> None:
         self.keys = _mix(keys + _wrapped((step + 1) * _MIX1))
+        self.first = 0
+
+    @staticmethod
+    def of_keys(keys: Tensor, first: int = 0) -> Streams:
+        """Return the streams whose attributes are these."""
+        own = object.__new__(Streams)
+        own.keys, own.first = keys, first
+        return own
 
     @staticmethod
     def joined(parts: Sequence[Streams]) -> Streams:
         """Return the streams of several groups of models as those of one stack."""
-        whole = object.__new__(Streams)
-        whole.keys = torch.cat([part.keys for part in parts])
-        return whole
+        return Streams.of_keys(torch.cat([part.keys for part in parts]))
 
     def keys_of(self, stream: str, number: int) -> Tensor:
         """Return the keys `[K]` of one numbered draw of a named stream in this step."""
         return _mix((self.keys ^ stream_key(stream)) + _wrapped((number + 1) * _MIX2))
 
 
-class _Dropout(TorchFunctionMode):
-    """Gives every dropout of a forward pass a mask from the model's own stream."""
+class _Draws(TorchFunctionMode):
+    """Gives every dropout and every `torch.rand_like` of a forward pass numbers from the model's own stream."""
 
-    def __init__(self, key: Tensor) -> None:
+    def __init__(self, key: Tensor, first: int) -> None:
         super().__init__()
-        self.key = key
+        self.key, self.first = key, first
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _DROPOUTS:
-            return func(*args, **kwargs)
-        return self._dropout(func, *args, **kwargs)
+        if func in _DROPOUTS:
+            return self._dropout(func, *args, **kwargs)
+        if func is torch.rand_like:
+            return self._rand_like(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _rand_like(self, input: Tensor, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        self.calls += 1
+        return layer_uniform(self.key, self.calls, input.shape, self.first).to(dtype or input.dtype)
 
     def _dropout(
         self, func: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -173,7 +189,7 @@ class _Dropout(TorchFunctionMode):
         whole_channels = func is not torch.nn.functional.dropout
         shape = [*input.shape[:2], *[1] * (input.dim() - 2)] if whole_channels else input.shape
         self.calls += 1
-        keep = dropout_mask(self.key, self.calls, shape, p)
+        keep = dropout_mask(self.key, self.calls, shape, p, self.first)
         return input * keep.to(input.dtype) / (1.0 - p)
 
 
@@ -185,20 +201,43 @@ _DROPOUTS = {
 }
 
 
-def dropout_mask(key: Tensor, call: int, shape: Sequence[int], p: float) -> Tensor:
-    """Return which elements the `call`-th dropout (from 1) of a forward pass keeps; bool of a shape.
+def dropout_mask(key: Tensor, call: int, shape: Sequence[int], p: float, first: int = 0) -> Tensor:
+    """Return which elements the `call`-th draw (from 1) of a forward pass keeps, a dropout; bool of a shape.
 
     Args:
         key: The model's key for this step (an entry of `Streams.keys`).
-        call: Which dropout of the pass it is, counted from 1.
+        call: Which dropout or `torch.rand_like` of the pass it is, counted from 1.
         shape: The mask's shape.
         p: The probability of dropping an element.
+        first: The place in the batch of the first example.
     """
-    index = torch.arange(math.prod(shape), device=key.device)
-    bits = _bits(_mix(key + _wrapped(call * _MIX2)), index).reshape(tuple(shape))
-    return _shift(bits, 11) >= int(p * 2**53)
+    return _layer_bits(key, call, shape, first) >= int(p * 2**53)
 
 
-def dropout_from(key: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which `torch.nn.functional.dropout*` draw from a model's stream."""
-    return _Dropout(key)
+def layer_uniform(key: Tensor, call: int, shape: Sequence[int], first: int = 0) -> Tensor:
+    """Return numbers in [0, 1), float64 of a shape: the `call`-th draw (from 1) of a forward pass, a `torch.rand_like`.
+
+    Arguments are those of `dropout_mask`; the shape's first axis counts examples.
+    """
+    return _layer_bits(key, call, shape, first).to(torch.float64) * 2.0**-53
+
+
+def _layer_bits(key: Tensor, call: int, shape: Sequence[int], first: int) -> Tensor:
+    """Return 53 random bits for every element of a draw, as int64 of a shape."""
+    start = first * math.prod(shape[1:])
+    index = torch.arange(start, start + math.prod(shape), device=key.device)
+    return _shift(bits_at(_mix(key + _wrapped(call * _MIX2)), index).reshape(tuple(shape)), 11)
+
+
+def draws_from(key: Tensor, first: int = 0) -> AbstractContextManager[Any]:
+    """Return a context in which what random layers draw comes from a model's stream.
+
+    That is the masks of `torch.nn.functional.dropout*`, and `torch.rand_like` of a tensor whose first axis counts
+    examples. Draws are told apart by their order in the pass, so a pass made again draws the same. Outside such a
+    context, a module's layers draw from torch's generator, as they always do.
+
+    Args:
+        key: The model's key for this step (an entry of `Streams.keys`).
+        first: The place in the batch of the pass's first example.
+    """
+    return _Draws(key, first)

@@ -1,0 +1,26 @@
+"""CIFAR-100: 50,000 training and 10,000 test colour images of 32 x 32 in a hundred (fine) classes (Krizhevsky 2009).
+
+Source: https://www.cs.toronto.edu/~kriz/cifar.html, the Python version, in torchvision's `cifar-100-python/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchvision.datasets import CIFAR100
+
+from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.datasets.cifar import PixelStatistics, read_cifar
+
+
+def cifar100(root: Path, *, pixel_statistics: PixelStatistics = "lpf") -> Dataset:
+    """Return images `[3, 32, 32]` with their fine labels, in their published order.
+
+    Args:
+        root: Where data sets lie.
+        pixel_statistics: What normalises.
+
+    Raises:
+        DataError: The files are not there, or damaged.
+    """
+    return read_cifar("cifar100", CIFAR100, root, pixel_statistics, 169_001_437, 100)

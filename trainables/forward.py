@@ -1,0 +1,161 @@
+"""One pass through the network, there and back: as it is written, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from os import environ
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatmin.errors import RequestError
+from flatmin.stack import Batch, StackedNetwork, Streams
+from flatmin.trainables.ranks import Ranks
+from flatmin.trainables.tasks import Objective
+from flatmin.trial import Execution
+
+Buffers = dict[str, Tensor]
+Gradient = tuple[Tensor, Tensor, Buffers]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+_KEPT_GRAPHS = 8
+"""Graphs of so many shapes are kept; each holds the memory of a pass."""
+
+_WARM_UP = 3
+"""Passes before a capture: libraries choose and set up what they use in the first."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the examples of a batch, with what their share of its loss depends on.
+
+    Attributes:
+        batch: The examples.
+        streams: What dropout draws from.
+        total: What all examples of the batch weigh together, `[K]`.
+        smoothing: Each model's label smoothing, `[K]`, or None where there is none.
+    """
+
+    batch: Batch
+    streams: Streams
+    total: Tensor
+    smoothing: Tensor | None = None
+
+
+class Forward:
+    """The losses of K models on a part of a batch, and their gradients.
+
+    Args:
+        network: The network.
+        objective: What it is trained for.
+        precision: The setting.
+        execution: Whether to compile and capture.
+        ranks: The processes that share every batch.
+
+    Raises:
+        RequestError: There is no compiler, or no CUDA device to capture on.
+    """
+
+    def __init__(
+        self, network: StackedNetwork, objective: Objective, precision: str, execution: Execution, ranks: Ranks
+    ) -> None:
+        self.network, self.objective, self.ranks = network, objective, ranks
+        self._bf16 = precision == "bf16"
+        self._device = execution.device
+        _check(execution)
+        self._run: Callable[..., tuple[Tensor, Buffers]] = self._pass
+        if execution.compile:
+            self._run = torch.compile(self._pass)
+        self._graphs: dict[Any, _Captured] | None = {} if execution.cuda_graphs else None
+
+    def losses(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Tensor, Buffers]:
+        """Return each model's share of the loss of its batch `[K]`, twice differentiable, and new buffers."""
+        return self._pass(params, buffers, _tensors(part), *_fixed(part))
+
+    def gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
+        """Return each model's share of the loss of its batch `[K]`, its gradient `[K, d]`, and new buffers."""
+        tensors, fixed = (params, buffers, _tensors(part)), _fixed(part)
+        if self._graphs is None:
+            return self._gradient(*tensors, *fixed)
+        key = (fixed, *(tuple(tensor.shape) for tensor in _leaves(tensors)))
+        if key not in self._graphs:
+            if len(self._graphs) == _KEPT_GRAPHS:  # models have ended: most of these come no more
+                self._graphs.clear()
+            self._graphs[key] = _Captured(lambda at, own, given: self._gradient(at, own, given, *fixed), tensors)
+        return self._graphs[key](tensors)
+
+    def _gradient(self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool) -> Gradient:
+        leaf = params.detach().requires_grad_()
+        losses, moved = self._run(leaf, buffers, given, first, shared)
+        (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), grad, {name: buffer.detach() for name, buffer in moved.items()}
+
+    def _pass(
+        self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool
+    ) -> tuple[Tensor, Buffers]:
+        """Return losses and new buffers; a function of tensors that changes none of them, as compilers want it."""
+        x, y, keys, total, smoothing = given
+        moved = {name: buffer.clone() for name, buffer in buffers.items()}
+        streams = Streams.of_keys(keys, first)
+        with self._autocast(), self.ranks.batch_norm():
+            outputs = self.network.logits(params, moved, Batch(x, y, shared), train=True, streams=streams)
+            losses = self.objective.losses(outputs, y, smoothing).sum(dim=1) / total
+        return losses, moved
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device, torch.bfloat16) if self._bf16 else nullcontext()
+
+
+class _Captured:
+    """A function of tensors as a CUDA graph: launched at once, which is what small networks spend their time on."""
+
+    def __init__(self, function: Callable[..., Gradient], tensors: tuple[Any, ...]) -> None:
+        self._inputs = _map(torch.clone, tensors)
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = function(*self._inputs)
+
+    def __call__(self, tensors: tuple[Any, ...]) -> Gradient:
+        for own, given in zip(_leaves(self._inputs), _leaves(tensors), strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        outputs: Gradient = _map(torch.clone, self._outputs)
+        return outputs
+
+
+def _check(execution: Execution) -> None:
+    execution.check_device()
+    compilers = [environ["CXX"]] if "CXX" in environ else ["g++", "clang++", "c++"]
+    if execution.compile and not any(map(shutil.which, compilers)):
+        raise RequestError(
+            f"--compile: torch.compile needs a C++ compiler, and there is none ({', '.join(compilers)}); install g++, "
+            "name one in CXX, or leave --compile out"
+        )
+
+
+def _tensors(part: Part) -> Tensors:
+    return part.batch.x, part.batch.y, part.streams.keys, part.total, part.smoothing
+
+
+def _fixed(part: Part) -> tuple[int, bool]:
+    """Return what of a part is the same in all its passes, and part of what is compiled or captured."""
+    return part.streams.first, part.batch.shared
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    leaves: list[Tensor] = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, function, tree)

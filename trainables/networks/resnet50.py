@@ -1,0 +1,31 @@
+"""ResNet-50 for images of 32 x 32: stages of 3, 4, 6, 3 bottleneck blocks with 256, 512, 1024, 2048 outputs.
+
+Source: He et al. 2016, in the variant of Liu Kuang (the 3 x 3 convolution strides, not the 1 x 1) that Bisla et al.
+2022 (LPF-SGD) train on CIFAR; see `flatmin.trainables.networks.residual`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import nn
+from torchvision.models.resnet import Bottleneck
+
+from flatmin.settings import Setting
+from flatmin.trainables.networks.residual import residual_network
+
+
+def resnet50(
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 64,
+) -> nn.Module:
+    """Build ResNet-50 for small images.
+
+    Args:
+        input_shape: `(channels, height, width)` of one example.
+        classes: Number of outputs.
+        width: Channels of the first stage's 3 x 3 convolutions; 64 as published.
+    """
+    return residual_network("resnet50", input_shape, classes, Bottleneck, (3, 4, 6, 3), width)
