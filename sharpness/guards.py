@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -71,7 +70,10 @@ def check_losses(losses: Losses, params: Tensor, batch: Batch) -> None:
         if not found.requires_grad:
             what = "loss" if outputs.requires_grad else "network's output"
             raise RequestError(f"the {what} does not depend on the weights, so there is no minimum to measure")
-        _check_slope(losses, params, pair, batch)
+        with _explained("the loss has no derivative (a loop over the models, vectorize='loop', may have one)"):
+            (slope,) = torch.autograd.grad(found.sum(), at)
+        if not bool((slope != 0).any()):
+            _check_weights_matter(losses, params, found, batch)
 
 
 def _check_alike(together: Tensor, alone: Tensor) -> None:
@@ -94,23 +96,29 @@ def _check_alike(together: Tensor, alone: Tensor) -> None:
         )
 
 
-def _check_slope(losses: Losses, params: Tensor, pair: Batch, batch: Batch) -> None:
-    """Refuse a loss that is flat at the weights, and at random ones too.
+def _check_weights_matter(losses: Losses, params: Tensor, known: Tensor, batch: Batch) -> None:
+    """Refuse a loss that is flat at the weights, if it is the same and flat at random ones too.
 
     A dead network is flat at its weights, and so is one that is certain of the examples; at other weights they are not.
 
+    Args:
+        losses: The network and its loss.
+        params: The weights `[1, d]`.
+        known: The losses of the first examples there.
+        batch: The examples.
+
     Raises:
-        RequestError: It is flat everywhere.
+        RequestError: It is.
     """
-    drawn = (size * normal(stream_key("slope"), tuple(params.shape)).to(params) for size in _SIZES)
-    for at, examples in chain([(params, pair)], zip(drawn, repeat(batch))):
-        point = at.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(losses(point, examples)[1].sum(), point)
-        if bool((slope != 0).any()):
+    for size in _SIZES:
+        at = (size * normal(stream_key("slope"), tuple(params.shape)).to(params)).requires_grad_()
+        found = losses(at, batch)[1]
+        (slope,) = torch.autograd.grad(found.sum(), at)
+        if bool((slope != 0).any()) or not torch.equal(found[:, : known.shape[1]], known):
             return
     raise RequestError(
-        "the gradient of the loss is exactly zero at the weights and at random ones, so the loss does not depend on "
-        "the weights, and there is no minimum to measure"
+        "the loss is the same at the weights and at random ones, and its gradient is exactly zero, so it does not "
+        "depend on the weights, and there is no minimum to measure"
     )
 
 

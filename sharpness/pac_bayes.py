@@ -25,7 +25,8 @@ side, for the power p of sigma with which the rise grows there, R'_a and R'_b th
 Its error is by the delta method (that of R_a / p, and that of p times the way gone, in quadrature). Draws stop when
 what it makes of the value is within the tolerance, so the root is never sought more closely than the draws know it.
 Where that would take long, the rises are compared with u^T D H D u / 2 within a Krylov space, whose mean is known: a
-control variate, which on ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their variance.
+control variate, which on ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their
+variance.
 """
 
 from __future__ import annotations

@@ -30,9 +30,7 @@ def random(engine: Engine) -> Estimate:
     Args:
         engine: The models.
     """
-    of_weights = [
-        stream_key(hashlib.blake2b(weights.cpu().numpy().tobytes()).hexdigest()) for weights in engine.params
-    ]
+    of_weights = [stream_key(hashlib.blake2b(weights.cpu().numpy().tobytes()).hexdigest()) for weights in engine.params]
     tags = engine.keys ^ stream_key("random measure") ^ torch.tensor(of_weights, device=engine.device)
     keys = Streams(tags).keys
     drawn: torch.Tensor = vmap(lambda key: normal(key, (1,)))(keys)

@@ -1,4 +1,4 @@
-"""What a data set plug-in returns: examples before normalisation, what is to be learned from them, and how to normalise."""
+"""What a data set plug-in returns: examples before normalisation, what is learned of them, and how to normalise."""
 
 from __future__ import annotations
 

@@ -22,6 +22,9 @@ _COLUMNS = ["label", "model_id", "name", "about", "x", "y", "value"]
 _LINES = (theme.BLUE, theme.GREY, theme.VERMILLION)
 _WIDEST = 40
 _LEVELS = 14
+_MOST_IN_3D = 3
+_LEAST_MARKS = 4
+_ROUNDING = 1e-9
 
 
 def data(spectra: pd.DataFrame, models: pd.DataFrame, *, label: str, target: str = "gen_gap") -> pd.DataFrame:
@@ -90,8 +93,8 @@ def _planes(data: pd.DataFrame) -> go.Figure:
         rows=2,
         cols=len(names),
         specs=[[{"type": "xy"}] * len(names), [{"type": "scene"}] * len(names)],
-        row_heights=[0.44, 0.56],
-        vertical_spacing=0.1,
+        row_heights=[0.5, 0.5],
+        vertical_spacing=0.12,
         horizontal_spacing=0.06,
         subplot_titles=titles,
     )
@@ -99,8 +102,7 @@ def _planes(data: pd.DataFrame) -> go.Figure:
     heights = data["value"].map(lambda value: _height(value, log=log))
     low, high = float(heights.min()), float(heights.max())
     marks = _marks(data["value"], log=log)
-    ticks = {"tickvals": [_height(mark, log=log) for mark in marks], "ticktext": [f"{mark:.3g}" for mark in marks]}
-    bar = {"thickness": 12, "len": 0.9, "title": {"text": "loss<br>(nats)"}, **ticks}
+    bar = {"thickness": 12, "len": 0.9, "title": {"text": "loss<br>(nats)"}, **_marked(marks, log=log)}
     step = (high - low) / _LEVELS or 1.0
     for column, name in enumerate(names, start=1):
         rows = data[data["name"] == name].assign(height=heights)
@@ -128,14 +130,16 @@ def _planes(data: pd.DataFrame) -> go.Figure:
         centre = {"symbol": "cross", "size": 9, "color": "white", "line": {"color": "black", "width": 1}}
         skipped = {"showlegend": False, "hoverinfo": "skip"}
         figure.add_scatter(x=[0], y=[0], mode="markers", marker=centre, **skipped, row=1, col=column)
-    theme.layout(figure, height=740)
-    small = {"tickfont": {"size": 10}}
+    theme.layout(figure, height=680).update_layout(margin_b=10)
+    level = {"tickangle": 0, "tickfont": {"size": 12}}
+    few = frames.spread(marks, _MOST_IN_3D)
     figure.update_scenes(
-        xaxis={"title": {"text": "x", "font": {"size": 11}}, "nticks": 5} | small,
-        yaxis={"title": {"text": "y", "font": {"size": 11}}, "nticks": 5} | small,
-        zaxis=ticks | small | {"title": {"text": ""}, "range": [low, high]},
-        camera={"eye": {"x": 1.45, "y": 1.45, "z": 0.7}, "center": {"x": 0, "y": 0, "z": -0.22}},
-        aspectmode="cube",
+        xaxis=level | _ends(data["x"]) | {"title": {"text": "x"}},
+        yaxis=level | _ends(data["y"]) | {"title": {"text": "y"}},
+        zaxis=level | _marked(few, log=log) | {"title": {"text": ""}, "range": [low, high]},
+        camera={"eye": {"x": 1.45, "y": 1.35, "z": 0.75}, "center": {"x": 0.07, "y": -0.07, "z": -0.08}},
+        aspectmode="manual",
+        aspectratio={"x": 0.85, "y": 0.85, "z": 0.75},
     )
     figure.update_xaxes(title_text="x (lengths of d1)", row=1)
     figure.update_yaxes(title_text="y (lengths of d2)", row=1, col=1)
@@ -155,12 +159,39 @@ def _height(value: float, *, log: bool) -> float:
     return math.log10(value) if log else float(value)
 
 
+def _ends(values: pd.Series) -> dict[str, object]:
+    """Return ticks at the ends of an axis and at its middle, which is all that a small 3-D axis has room for."""
+    places = [float(values.min()), 0.0, float(values.max())]
+    return {"tickvals": places, "ticktext": [f"{place:.3g}" for place in places]}
+
+
+def _marked(marks: list[float], *, log: bool) -> dict[str, object]:
+    """Return ticks at losses."""
+    return {"tickvals": [_height(mark, log=log) for mark in marks], "ticktext": [f"{mark:.3g}" for mark in marks]}
+
+
 def _marks(values: pd.Series, *, log: bool) -> list[float]:
-    """Return losses to mark on a scale: 1, 2 and 5 times powers of ten, or fewer where they would be many."""
+    """Return losses to mark: round ones, or 1, 2 and 5 times powers of ten; fewer where they would be many."""
     low, high = float(values.min()), float(values.max())
     if not log:
-        return [low + (high - low) * part / 4 for part in range(5)] if high > low else [low]
+        step = _round_step(high - low)
+        if step == 0:
+            return [low]
+        first, last = math.ceil(low / step - _ROUNDING), math.floor(high / step + _ROUNDING)
+        return [step * part for part in range(first, last + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1.0, 2.0, 5.0) if len(decades) <= 4 else (1.0,)
     inside = [mark for power in decades for mark in (factor * 10.0**power for factor in factors) if low <= mark <= high]
     return frames.spread(inside, 10)
+
+
+def _round_step(span: float) -> float:
+    """Return the largest of 1, 2 and 5 times powers of ten that fits four times in a span; 0 for an empty one.
+
+    >>> _round_step(2.4), _round_step(0.03), _round_step(0.0)
+    (0.5, 0.005, 0.0)
+    """
+    if span <= 0:
+        return 0.0
+    power: float = 10.0 ** math.floor(math.log10(span / _LEAST_MARKS))
+    return max(factor * power for factor in (1, 2, 5) if factor * power <= span / _LEAST_MARKS * (1 + _ROUNDING))

@@ -133,6 +133,24 @@ def test_a_flat_surface_can_be_drawn() -> None:
     assert surface.draw(data).data[0].contours.size > 0
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [(1.23, 3.6, [1.5, 2.0, 2.5, 3.0, 3.5]), (1.0, 1.4, [1.0, 1.1, 1.2, 1.3, 1.4]), (0.0, 4.0, [0, 1, 2, 3, 4])],
+)
+def test_losses_are_marked_at_round_numbers(low: float, high: float, marks: list[float]) -> None:
+    rows = plane("a", 1.0)
+    scaled = (rows["value"] - rows["value"].min()) / (rows["value"].max() - rows["value"].min())
+    data = surface.data(
+        rows.assign(value=low + (high - low) * scaled), models_of({"a": 0.1}), label="loss_surface(dimensions=2)"
+    )
+    figure = surface.draw(data)
+    bar, level = figure.data[0].colorbar, figure.layout.scene.zaxis
+    assert list(bar.tickvals) == pytest.approx(marks)
+    assert list(bar.ticktext) == [f"{mark:g}" for mark in marks]
+    assert list(level.tickvals) == pytest.approx(marks[::2])
+    assert list(figure.layout.scene.xaxis.ticktext) == ["-1", "0", "1"]
+
+
 def test_densities_of_models_are_theirs() -> None:
     models = models_of({"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4})
     error = curve("a", "hessian_density", "hessian_density", [(0.0, None, 50.0)], part="stderr")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +31,9 @@ LITTLE_MEMORY = 60_000
 """Bytes: four Krylov spaces of all 43 weights, and no graph of 23 examples."""
 
 
+Defaults = Callable[[Any, str], list[dict[str, Any]]]
+
+
 def engine_of(problem: Any, **changes: Any) -> Engine:
     """Return an engine of a problem's models, initial weights included."""
     made = problem.engine((6,))
@@ -47,6 +51,20 @@ def engine_of(problem: Any, **changes: Any) -> Engine:
 def rows_of(engine: Engine, name: str) -> list[dict[str, Any]]:
     (rows,) = measure_stack(engine, [name])
     return [{**row, "seconds": 0} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def defaults() -> Defaults:
+    """Return a function that measures all models of a problem at the defaults, once for all tests."""
+    made: dict[tuple[int, str], list[dict[str, Any]]] = {}
+
+    def rows(problem: Any, name: str) -> list[dict[str, Any]]:
+        key = (len(problem.modules), name)
+        if key not in made:
+            made[key] = rows_of(engine_of(problem), name)
+        return made[key]
+
+    return rows
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -69,8 +87,8 @@ def test_every_measure_fills_a_row(problem: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_measure_that_costs_nothing_looks_at_no_example(problem: Any, name: str) -> None:
-    rows = rows_of(engine_of(problem), name)
+def test_a_measure_that_costs_nothing_looks_at_no_example(problem: Any, name: str, defaults: Defaults) -> None:
+    rows = defaults(problem, name)
     others = [Batch(1.0 - batch.x, (batch.y + 1) % 3, batch.shared) for batch in problem.engine((6,)).batches]
     other = rows_of(engine_of(problem, batches=others), name)
     for row, of_others in zip(rows, other, strict=True):
@@ -78,34 +96,34 @@ def test_a_measure_that_costs_nothing_looks_at_no_example(problem: Any, name: st
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_measure_repeats_itself(problem: Any, name: str) -> None:
-    assert rows_of(engine_of(problem), name) == rows_of(engine_of(problem), name)
+def test_a_measure_repeats_itself(problem: Any, name: str, defaults: Defaults) -> None:
+    assert rows_of(engine_of(problem), name) == defaults(problem, name)
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_measure_does_not_depend_on_neighbours(problem: Any, name: str) -> None:
-    together = rows_of(engine_of(problem), name)
+def test_a_measure_does_not_depend_on_neighbours(problem: Any, name: str, defaults: Defaults) -> None:
+    together = defaults(problem, name)
     for k, row in enumerate(together):
         (alone,) = rows_of(engine_of(problem).select(torch.tensor([k])), name)
         assert alone["value"] == pytest.approx(row["value"], rel=1e-9)
         assert {**alone, "value": 0, "stderr": 0} == {**row, "value": 0, "stderr": 0}
 
 
-def test_measures_do_not_depend_on_each_other(problem: Any) -> None:
+def test_measures_do_not_depend_on_each_other(problem: Any, defaults: Defaults) -> None:
     forwards, backwards = engine_of(problem), engine_of(problem)
     rows = dict(zip(MEASURES, measure_stack(forwards, MEASURES), strict=True))
     reverse = dict(zip(MEASURES[::-1], measure_stack(backwards, MEASURES[::-1]), strict=True))
     for name in MEASURES:
-        alone = rows_of(engine_of(problem), name)
+        alone = defaults(problem, name)
         assert [{**row, "seconds": 0} for row in rows[name]] == alone
         assert [{**row, "seconds": 0} for row in reverse[name]] == alone
 
 
 @pytest.mark.parametrize("name", MEASURES)
-def test_a_broken_model_is_undefined_and_breaks_no_other(mlp: Any, name: str) -> None:
+def test_a_broken_model_is_undefined_and_breaks_no_other(mlp: Any, name: str, defaults: Defaults) -> None:
     params = mlp.engine().params.clone()
     params[2] = math.nan
-    whole, broken = rows_of(engine_of(mlp), name), rows_of(engine_of(mlp, params=params), name)
+    whole, broken = defaults(mlp, name), rows_of(engine_of(mlp, params=params), name)
     for k, row in enumerate(broken):
         if k == 2 and row["passes"] > 0:
             assert (row["value"], row["stderr"], row["converged"]) == (None, None, False)
@@ -114,22 +132,22 @@ def test_a_broken_model_is_undefined_and_breaks_no_other(mlp: Any, name: str) ->
 
 
 @pytest.mark.parametrize("name", [name for name in MEASURES if BUDGETS & set(plugins.get("measure", name).arguments)])
-def test_the_least_budget_is_never_silent(conv: Any, name: str) -> None:
+def test_the_least_budget_is_never_silent(conv: Any, name: str, defaults: Defaults) -> None:
     """Where it does not do, the row says that it has not converged."""
     plugin = plugins.get("measure", name)
     budgets = {key: plugin.arguments[key].setting.ge for key in BUDGETS & set(plugin.arguments)}
     label = f"{name}({', '.join(f'{key}={least}' for key, least in budgets.items())})"
-    for short, row in zip(rows_of(engine_of(conv), label), rows_of(engine_of(conv), name), strict=True):
+    for short, row in zip(rows_of(engine_of(conv), label), defaults(conv, name), strict=True):
         error = abs(short["value"] - row["value"]) if short["value"] is not None else math.inf
         assert not short["converged"] or error <= 5 * (short["stderr"] + row["stderr"])
 
 
 @pytest.mark.parametrize("memory", [0, LITTLE_MEMORY])
 @pytest.mark.parametrize("name", MEASURES)
-def test_little_memory_changes_no_value(mlp: Any, name: str, memory: int) -> None:
+def test_little_memory_changes_no_value(mlp: Any, name: str, memory: int, defaults: Defaults) -> None:
     little, much = engine_of(mlp, memory=memory), engine_of(mlp)
     assert (little._keeps_graphs, much._keeps_graphs) == (False, True)
-    for tight, row in zip(rows_of(little, name), rows_of(much, name), strict=True):
+    for tight, row in zip(rows_of(little, name), defaults(mlp, name), strict=True):
         assert tight["converged"] == row["converged"] or (memory == 0 and name in NEED_MEMORY)
         error = 5 * ((tight["stderr"] or 0) + row["stderr"]) + 1e-9 * abs(row["value"])
         assert not tight["converged"] or tight["value"] == pytest.approx(row["value"], abs=error)

@@ -314,7 +314,7 @@ def test_a_subset_of_batches_of_different_shapes_is_refused() -> None:
         ({"model": model().to("meta")}, "the network is on the device 'meta'"),
         ({"data": (torch.zeros(3, 4, device="meta"), torch.zeros(3).long())}, "the examples are on the device 'meta'"),
         ({"loss": lambda outputs, y: (outputs + 0j).sum(dim=1)}, "the loss is complex"),
-        ({"loss": lambda outputs, y: (0 * outputs).sum(dim=1)}, "exactly zero at the weights and at random ones"),
+        ({"loss": lambda outputs, y: (0 * outputs).sum(dim=1)}, "the same at the weights and at random ones"),
         ({"measures": ["lpf(data=val)"]}, "there is no 'val' set to measure on; there are: train"),
         (
             {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))},
@@ -328,6 +328,15 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, Any], message: str
     with pytest.raises(FlatminError, match=message):
         measure(**given)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_layer_that_only_a_loop_differentiates_is_named() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    module, (x, y) = nn.Sequential(nn.Unflatten(1, (1, 4)), layer, nn.Flatten(), nn.Linear(4, 3)), examples()
+    with pytest.raises(RequestError, match=r"no derivative.*vectorize='loop'"):
+        measure(module, "cross_entropy", (x, y), ["lpf"])
+    assert measure(module, "cross_entropy", (x, y), ["lpf"], vectorize="loop")["converged"][0]
 
 
 def test_too_few_samples_are_not_converged() -> None:

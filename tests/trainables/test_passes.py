@@ -198,7 +198,9 @@ def compiled_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "vectorize"), [(dropped, "vmap"), (normalised, "vmap"), (normalised, "loop")], ids=str
+    ("build", "vectorize"),
+    [(dropped, "vmap"), pytest.param(normalised, "vmap", marks=pytest.mark.slow), (normalised, "loop")],
+    ids=str,
 )
 def test_a_compiled_pass_is_the_same_pass(
     build: Callable[[], nn.Module], vectorize: str, monkeypatch: pytest.MonkeyPatch
