@@ -85,7 +85,8 @@ class Display:
         self._bar.update(self._task, completed=self.done, note=self.note())
         if not self.console.is_terminal and self.clock() - self.logged >= LOG_SECONDS:
             self.logged = self.clock()
-            self.console.print(f"{self.done} of {self.total} models, {self.note()}", highlight=False)
+            said = [f"{self.done} of {self.total} models", self.note()]
+            self.console.print(", ".join(filter(None, said)), highlight=False)
 
     def finished(self, job: Job) -> None:
         """Take note that a job is committed."""
@@ -101,7 +102,7 @@ class Display:
 
     def said(self, text: str) -> None:
         """Pass a sentence on to the user."""
-        self.console.print(f"[yellow]{text}", highlight=False)
+        self.console.print(text, style="yellow", markup=False, highlight=False)
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from flatmin.errors import FlatminError
 from flatmin.results import Results, now
 from flatmin.trial import Job
 
@@ -76,8 +77,10 @@ def record_failure(results: Results, job: Job, error: str, traceback: str) -> in
 
 
 def error_line(error: BaseException) -> str:
-    """Return an error as one line: its type and message, or the type alone."""
+    """Return what an error says: its message where it is one for people, else its type and its message's last line."""
     text = str(error).strip()
+    if isinstance(error, FlatminError):
+        return text
     return f"{type(error).__name__}: {text.splitlines()[-1]}" if text else type(error).__name__
 
 

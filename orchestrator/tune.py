@@ -27,6 +27,7 @@ from flatmin.errors import RequestError
 from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, error_line, record_failure, uncommitted
 from flatmin.results import Results
+from flatmin.trainables.tune_trainable import REFUSED, REFUSED_AT, TuneTrainable
 from flatmin.trial import Job
 
 _ENVIRONMENT = {
@@ -63,7 +64,8 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
             budget = None if deadline is None else deadline - time.monotonic()
             if budget is not None and budget <= 0:
                 return True
-            _fit(left, resources, budget, options, _Watch(results, left, monitor, failures, lease))
+            watch = _Watch(results, left, monitor, failures, lease, options.max_failures)
+            _fit(left, resources, budget, options, watch)
             lease.raise_if_lost()
             before = len(left)
             left = [job for job in uncommitted(results, left) if failures[job.trial.trial_id] <= options.max_failures]
@@ -91,8 +93,6 @@ def shortage(resources: Mapping[str, float], available: Mapping[str, float]) -> 
 def _fit(
     jobs: Sequence[Job], resources: dict[str, float], budget: float | None, options: RunOptions, watch: _Watch
 ) -> None:
-    from flatmin.trainables.tune_trainable import TuneTrainable
-
     trainable = tune.with_resources(tune.with_parameters(TuneTrainable, jobs=list(jobs)), resources)
     storage = tempfile.mkdtemp(prefix="flatmin-tune-")
     tuner = tune.Tuner(
@@ -128,9 +128,10 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         monitor: Monitor,
         failures: Counter[str],
         lease: Lease,
+        most: int,
     ) -> None:
         self._results, self._jobs = results, jobs
-        self._monitor, self._failures, self._lease = monitor, failures, lease
+        self._monitor, self._failures, self._lease, self._most = monitor, failures, lease, most
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks for a restore, which is never done: the results directory is the state.
@@ -140,7 +141,13 @@ class _Watch(tune.Callback):  # type: ignore[misc]
         self._monitor.advanced(self._job(trial), int(result["models_ended"]))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        if trial.last_result.get(tune.result.DONE):
+        result = trial.last_result
+        if result.get(REFUSED):
+            job = self._job(trial)
+            self._failures[job.trial.trial_id] = self._most + 1
+            record_failure(self._results, job, result[REFUSED], result[REFUSED_AT])
+            self._monitor.failed(job, result[REFUSED], final=True)
+        elif result.get(tune.result.DONE):
             self._monitor.finished(self._job(trial))
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

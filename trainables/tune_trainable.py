@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from ray import tune
 
+from flatmin.errors import COMES_AGAIN
 from flatmin.trial import Job
+
+REFUSED, REFUSED_AT = "refused", "refused_at"
+"""Columns of a result: why a job cannot be carried out, however often it is tried, and the traceback."""
 
 SLICE_SECONDS = 5.0
 """How long one `step` works before it reports; short enough to show progress, long enough to cost nothing."""
@@ -32,12 +37,16 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
         return True
 
     def step(self) -> dict[str, Any]:
-        """Work for some seconds; report how many models have ended and whether the job is committed."""
+        """Work for some seconds; report how many models have ended and whether the job is committed or refused."""
         deadline = time.monotonic() + SLICE_SECONDS
-        for ended in self._work:
-            self._ended = ended
-            if time.monotonic() >= deadline:
-                return {"models_ended": self._ended, tune.result.DONE: False}
+        try:
+            for ended in self._work:
+                self._ended = ended
+                if time.monotonic() >= deadline:
+                    return {"models_ended": self._ended, tune.result.DONE: False}
+        except COMES_AGAIN as error:  # raised, Tune would try again
+            refused = {REFUSED: str(error), REFUSED_AT: traceback.format_exc()}
+            return {"models_ended": self._ended, tune.result.DONE: True, **refused}
         return {"models_ended": self._ended, tune.result.DONE: True}
 
     def cleanup(self) -> None:

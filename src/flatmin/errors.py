@@ -55,6 +55,10 @@ class MissingData(DataError):
     """The files of a data set are not there."""
 
 
+COMES_AGAIN = (RequestError, DataError)
+"""Errors that come again however often the same work is tried."""
+
+
 class LeaseLost(FlatminError):
     """Another driver took the results over, so this process must not write them."""
 

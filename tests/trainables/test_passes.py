@@ -200,7 +200,7 @@ def compiled_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 @pytest.mark.parametrize(
     ("build", "vectorize"),
     [(dropped, "vmap"), pytest.param(normalised, "vmap", marks=pytest.mark.slow), (normalised, "loop")],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_compiled_pass_is_the_same_pass(
     build: Callable[[], nn.Module], vectorize: str, monkeypatch: pytest.MonkeyPatch
