@@ -43,7 +43,7 @@ quickstart: install ## run a small study on bundled data and make its report
 	@echo "Then at the rank correlations: which sharpness measure follows the generalisation gap, and which only the width?"
 
 test: install ## run the tests, as CI does (not slow, no GPU)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install ## run the full studies and all else over a minute
 	$(BIN)/python -m pytest -m "slow and not gpu"
