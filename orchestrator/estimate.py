@@ -51,7 +51,7 @@ def estimate(trials: Sequence[Trial]) -> Estimate:
     Raises:
         RequestError: A trial cannot be trained: the data cannot be split like that, or a batch cannot.
     """
-    costs = program_costs([trial.program for trial in trials])
+    costs = program_costs([{**trial.program, "measures": trial.measures} for trial in trials])
     for cost in costs:
         if "refused" in cost:
             raise RequestError(cost["refused"])

@@ -22,7 +22,7 @@ from flatmin.plugins import get, optimizer_parts
 from flatmin.trainables.corruption import check_recipe, choose, missing_classes
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.job import load_dataset, plugin_settings
-from flatmin.trainables.tasks import check_recipes
+from flatmin.trainables.tasks import check_measure, check_outputs, check_recipes
 from flatmin.trainables.trainer import check_split, network_builder
 
 _GRADIENTS_PER_PRODUCT = 2.5
@@ -34,6 +34,9 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
 
     `n_params`, `train_size`, `test_size`; `flops` of one example's forward pass; `gradients`, the cost of an example's
     share of a training step in gradients; `notes`, what a person should know before it is trained.
+
+    Args:
+        program: Its settings; `measures`, if they are there, are labels that must go with its task.
     """
     parts = optimizer_parts(str(program["optimizer"]))
     composed = Composed(parts, {name: program[name] for part in parts for name in part.arguments})
@@ -47,7 +50,12 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     try:
         left, notes = _examples(dataset, program)
-        n_params, flops = _network_cost(plugin_settings("network", program), dataset.input_shape, dataset.classes)
+        for text in program.get("measures", ()):
+            check_measure(dataset.task, text)
+        n_params, flops, outputs = _network_cost(
+            plugin_settings("network", program), dataset.input_shape, dataset.classes
+        )
+        check_outputs(dataset, str(program["network"]), outputs)
     except RequestError as error:
         return {"refused": str(error)}
     batches = composed.rule.batches
@@ -82,16 +90,21 @@ def _examples(dataset: Dataset, program: Mapping[str, Any]) -> tuple[int, list[s
 
 
 @cache
-def _network_cost(settings: tuple[tuple[str, Any], ...], input_shape: tuple[int, ...], classes: int) -> tuple[int, int]:
-    """Return the parameters of a network and the operations of a forward pass; most programs share theirs."""
+def _network_cost(
+    settings: tuple[tuple[str, Any], ...], input_shape: tuple[int, ...], classes: int
+) -> tuple[int, int, tuple[int, ...]]:
+    """Return a network's parameters, the operations of a forward pass, and the shape of what it makes of an example."""
     with torch.device("meta"):
         network = network_builder(dict(settings), input_shape, classes)().eval()
         example = torch.empty(1, *input_shape)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        network(example)
-    return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
+        outputs = network(example)
+    n_params = sum(parameter.numel() for parameter in network.parameters())
+    return n_params, counter.get_total_flops(), tuple(outputs.shape[1:])
 
 
 if __name__ == "__main__":
-    json.dump([cost(program) for program in json.load(sys.stdin)], sys.stdout)
+    read = json.load(sys.stdin)
+    programs = [{name: tuple(v) if isinstance(v, list) else v for name, v in program.items()} for program in read]
+    json.dump([cost(program) for program in programs], sys.stdout)

@@ -23,11 +23,13 @@ class Labelled:
         where: What they were read from, for messages.
         x: uint8 `[n, C, H, W]`.
         y: int64 `[n]`.
+        labels: What the classes were read from, where that is another file.
     """
 
     where: Path
     x: Tensor
     y: Tensor
+    labels: Path | None = None
 
 
 def labelled_images(
@@ -60,7 +62,7 @@ def labelled_images(
             raise DataError(f"{part.where}: images are {found}, and should be uint8 {list(shape)}", mend)
         if len(part.x) != len(part.y):
             raise DataError(f"{part.where}: there are {len(part.x)} images and {len(part.y)} labels", mend)
-        check_classes(part.where, part.y, classes, mend)
+        check_classes(part.labels or part.where, part.y, classes, mend)
     return Dataset(train.x, train.y, test.x, test.y, _per_channel(mean), _per_channel(std), classes)
 
 

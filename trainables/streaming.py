@@ -169,7 +169,8 @@ class _Reads(torch.utils.data.Dataset[Tensor]):
                 read.update({view * len(self.images) + number: image for view, image in zip(own, images, strict=True)})
         except FlatminError as error:  # to be raised where it can be caught as what it is
             return error
-        return torch.stack([read[place] for place in ids])
+        # a process that shares a short batch may have none of it
+        return torch.stack([read[place] for place in ids]) if ids else torch.empty(0, *self.images.shape[1:]).byte()
 
 
 def _unchanged(read: Any) -> Any:

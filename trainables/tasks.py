@@ -173,6 +173,25 @@ def check_recipes(task: Task, recipes: Sequence[Recipe]) -> None:
             raise RequestError(f"label_smoothing = {recipe.label_smoothing:g}: a regression has no classes; give 0")
 
 
+def check_outputs(dataset: Dataset, network: str, outputs: tuple[int, ...]) -> None:
+    """Refuse a network whose outputs a task has no meaning for.
+
+    Args:
+        dataset: The data set.
+        network: The network's name.
+        outputs: The shape of what it makes of one example.
+
+    Raises:
+        RequestError: A class is needed for each pixel and it gives one for an image, or the other way round.
+    """
+    wanted = (dataset.classes, *dataset.input_shape[1:]) if dataset.task == "segmentation" else (dataset.classes,)
+    if outputs != wanted:
+        raise RequestError(
+            f"'{network}' makes outputs {list(outputs)} of an example, and this {dataset.task} needs {list(wanted)}; "
+            + ("write network: unet" if dataset.task == "segmentation" else "take a network that gives one per class")
+        )
+
+
 _OF_LABELS = {"margin"}
 """Measures of one class per example."""
 

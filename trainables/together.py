@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,8 @@ def others(job: Job, *, resumed: bool) -> Iterator[None]:
             raise FlatminError(f"a process of --processes-per-model {size} failed: {reason}") from error
         finally:
             for process in processes:
-                process.kill()
+                with suppress(ProcessLookupError):  # with what it has started: workers that read images
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -127,6 +129,8 @@ def _follow(stdin: IO[bytes]) -> None:
 
 def _end_with(stdin: IO[Any]) -> None:
     stdin.read()
+    if os.getpgrp() == os.getpid():  # what it has started goes with it
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 

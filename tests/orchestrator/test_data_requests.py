@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from flatmin.errors import RequestError, RequestWarning
@@ -29,6 +33,24 @@ def planned(*overrides: str) -> int:
 def test_a_plan_refuses_what_the_data_cannot_give(overrides: list[str], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         planned(*overrides)
+
+
+def test_settings_that_are_lists_reach_a_process_of_its_own() -> None:
+    study = read_study("digits-double-descent", ["dataset=sinusoids", "label_noise=0", "batch_size=20", "width=4"])
+    programs = [
+        dict(make_plan(study).trials[0].program),
+        {**make_plan(study).trials[0].program, "measures": ["margin"]},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "flatmin.trainables.cost"],
+        input=json.dumps(programs),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cost, refused = json.loads(done.stdout)
+    assert cost["train_size"] == 200
+    assert "'margin' needs a class for each example, and this is a regression" in refused["refused"]
 
 
 def test_a_plan_warns_of_classes_that_validation_lacks() -> None:

@@ -148,8 +148,9 @@ def test_wrong_content_is_named(
 ) -> None:
     root, _ = mnist_files
     write_idx(root / "MNIST" / "raw" / name, content)
-    where = "train-images" if name.startswith("train") else "t10k-images"
-    with pytest.raises(DataError, match=f"{where}-idx3-ubyte: {message}"):
+    part = name.partition("-")[0]
+    where = f"{part}-images-idx3-ubyte" if "images" in message else f"{part}-labels-idx1-ubyte"
+    with pytest.raises(DataError, match=f"{where}: {message}"):
         mnist(root)
 
 

@@ -96,7 +96,16 @@ def test_wrong_files_of_tiny_imagenet_are_named(tiny: Path) -> None:
     lines = annotations.read_text()
     annotations.write_text(lines.replace(WNIDS[0], "n99999999"))
     refused(rf"{annotations}, line 3: 'n99999999' is not in .*wnids.txt")
+    annotations.write_text("".join(lines.splitlines(keepends=True)[:2]))
+    refused(rf"{annotations} has 2 lines, and there are 4 images beside it")
+    annotations.write_text(lines + lines.splitlines(keepends=True)[0])
+    refused(rf"{annotations} has 5 lines, and there are 4 images beside it")
+    annotations.write_bytes(b"\xff" + lines.encode())
+    refused(rf"{annotations} is no text in UTF-8")
     annotations.write_text(lines)
+    file.unlink()
+    refused(r"train: classes have 2 to 3 images, and should be alike")
+    file.write_bytes(whole)
     for image in (folder / "train" / WNIDS[2] / "images").iterdir():
         image.unlink()
     refused(rf"there is no image in .*{WNIDS[2]}")
@@ -239,3 +248,21 @@ def test_wrong_files_of_hc18_are_named(hc18_files: Path) -> None:
         table, lambda: table.write_text(rows.replace("0.14", "0", 1)), f"{table}: the pixel size of 000_HC.png is 0"
     )
     changed(table, lambda: table.write_text(rows.replace("pixel size", "size")), f"{table}: a row has no column")
+    changed(table, lambda: table.write_bytes(b"\xff" + rows.encode()), f"{table} is no table in UTF-8")
+
+
+def test_what_was_resampled_is_made_again_when_the_images_are_others(hc18_files: Path) -> None:
+    hc18(hc18_files)
+    folder = hc18_files / "HC18"
+    for file in (folder / "training_set").glob("002_2HC*.png"):
+        file.unlink()
+    table = folder / "training_set_pixel_size_and_HC.csv"
+    rows = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(row for row in rows if not row.startswith("002_2HC")))
+    changed = hc18(hc18_files)
+    for file in folder.glob("resampled*"):
+        file.unlink()
+    anew = hc18(hc18_files)
+    assert len(changed.train_x) + len(changed.test_x) == 9
+    assert torch.equal(changed.train_x, anew.train_x)
+    assert torch.equal(changed.test_y, anew.test_y)

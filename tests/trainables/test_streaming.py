@@ -229,3 +229,18 @@ def test_a_trial_trains_and_measures_what_it_streams(tmp_path: Path, monkeypatch
     entropies = [row for (name, _), row in measured.items() if name == "shannon_entropy"]
     assert all(0 < row["value"] < np.log(2) and row["stderr"] > 0 for row in entropies)
     load_dataset.cache_clear()
+
+
+def test_no_images_are_an_empty_batch() -> None:
+    """A process that shares a short last batch may have none of it."""
+    read = _Reads(Images([]), ()).__getitems__([])
+    assert isinstance(read, Tensor)
+    assert read.shape == (0, 3, 224, 224)
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "imagenet" / part / "n01440764").mkdir(parents=True)
+        Image.new("RGB", (300, 260)).save(tmp_path / "imagenet" / part / "n01440764" / "1.JPEG")
+    (tmp_path / "imagenet" / "train" / ".ipynb_checkpoints").mkdir()
+    assert imagenet(tmp_path).classes == 1

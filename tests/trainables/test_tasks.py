@@ -18,7 +18,7 @@ from flatmin.sharpness import Engine, measure_stack
 from flatmin.sharpness.losses import cross_entropy
 from flatmin.stack import permutation, stream_key
 from flatmin.trainables.dataset import Dataset, Task
-from flatmin.trainables.tasks import Objective, check_measure, dice, objective
+from flatmin.trainables.tasks import Objective, check_measure, check_outputs, dice, objective
 from flatmin.trainables.trainer import StackTrainer
 from flatmin.trial import Execution, Model, Trial
 
@@ -258,3 +258,17 @@ def test_losses_are_taken_in_fp32_at_least() -> None:
         assert own.losses(outputs, y, torch.tensor([0.0, 0.1])).dtype == torch.float32
     expected = functional.cross_entropy(outputs.float().flatten(0, 1), y.flatten(), reduction="none").reshape(2, 4)
     assert torch.equal(Objective("classification").losses(outputs, y), expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "said"),
+    [
+        ("segmentation", (2,), r"makes outputs \[2\] of an example, and this segmentation needs \[2, 8, 8\]; .* unet"),
+        ("classification", (2, 8, 8), r"makes outputs \[2, 8, 8\] of an example, and this classification needs \[2\]"),
+    ],
+)
+def test_a_network_of_another_task_is_refused(task: Task, outputs: tuple[int, ...], said: str) -> None:
+    x, y = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    dataset = Dataset(x, y, x, y, torch.zeros(1), torch.ones(1), 2, task=task)
+    with pytest.raises(RequestError, match=said):
+        check_outputs(dataset, "any", outputs)

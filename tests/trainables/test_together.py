@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -175,6 +177,21 @@ def test_the_others_end_with_the_first() -> None:
     process.stdin.close()
     assert process.wait() == 1
     assert time.monotonic() - started < 50
+
+
+def test_what_they_have_started_ends_with_them() -> None:
+    """A worker that reads images outlives its process otherwise, when that is killed."""
+    code = "import subprocess, sys; from flatmin.trainables.together import _end_with\n"
+    code += "print(subprocess.Popen(['sleep', '60']).pid, flush=True); _end_with(sys.stdin.buffer)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        worker = psutil.Process(int(process.stdout.readline()))
+        process.stdin.close()
+        assert process.wait() == -signal.SIGKILL
+        psutil.wait_procs([worker], timeout=20)
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
 
 
 def test_what_several_processes_cannot_do(tiny: None, runner: Runner) -> None:

@@ -17,6 +17,7 @@ and `000_2HC.png`), and such a split has fetuses in both sets: `hc18_by_fetus` k
 from __future__ import annotations
 
 import csv
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,8 @@ def hc18(
     folder = root / "HC18"
     provide(_SOURCE, folder)
     sizes = _pixel_sizes(folder)
-    read = kept(folder / "resampled.safetensors", lambda: _prepare(folder, sizes))
+    table = hashlib.blake2b(repr(sorted(sizes.items())).encode(), digest_size=4).hexdigest()
+    read = kept(folder / f"resampled-{table}.safetensors", lambda: _prepare(folder, sizes))
     order = np.random.RandomState(hc18_seed).permutation(len(sizes))
     held = round(TEST_SHARE * len(sizes))
     if hc18_by_fetus:
@@ -108,8 +110,11 @@ def _pixel_sizes(folder: Path) -> dict[str, float]:
     """Return millimetres per pixel of each image by its name."""
     table = folder / _TABLE
     mend = f"remove {table}, and `flatmin-sweep launch` downloads it again"
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} is no table in UTF-8: {error}", mend) from None
     try:
         sizes = {row["filename"]: float(row["pixel size(mm)"]) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
@@ -117,9 +122,11 @@ def _pixel_sizes(folder: Path) -> dict[str, float]:
             f"{table}: a row has no column 'filename' or no number in 'pixel size(mm)': {error}", mend
         ) from None
     there = {file.name for file in (folder / "training_set").glob("*_*HC.png")}
-    wrong = [name for name, size in sizes.items() if not size > 0]
+    wrong = [name for name, size in sizes.items() if not 1e-3 < size < 1e3]
     if wrong:
-        raise DataError(f"{table}: the pixel size of {wrong[0]} is {sizes[wrong[0]]:g}, and should be positive", mend)
+        raise DataError(
+            f"{table}: the pixel size of {wrong[0]} is {sizes[wrong[0]]:g} mm, and should be about 0.1", mend
+        )
     if there != set(sizes):
         odd = sorted(there ^ set(sizes))
         raise DataError(

@@ -44,7 +44,11 @@ def imagenet(root: Path) -> Dataset:
 
 
 def _classes(folder: Path, root: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    names = (
+        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        if folder.is_dir()
+        else []
+    )
     if not names:
         raise MissingData(
             f"ImageNet is not at {root}: there are no class folders in {folder}",

@@ -49,7 +49,7 @@ def _part(folder: Path, part: str) -> Labelled:
         try:
             read.append(reader(str(file)))
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = error or "the header is not that of an IDX file of unsigned bytes"
+            reason = str(error) or "the header is not that of an IDX file of unsigned bytes"
             raise DataError(f"{file} is damaged ({file.stat().st_size:,} bytes): {reason}", MEND) from None
     x, y = read
-    return Labelled(images, x[:, None], y.to(torch.int64))
+    return Labelled(images, x[:, None], y.to(torch.int64), labels)

@@ -50,7 +50,7 @@ def tiny_imagenet(root: Path) -> Dataset:
     provide(_SOURCE, root)
     folder = root / FOLDER
     mend = f"remove {folder}, and `flatmin-sweep launch` unpacks or downloads it again"
-    wnids = (folder / "wnids.txt").read_text("utf-8").split()
+    wnids = _text(folder / "wnids.txt", mend).split()
     read = kept(folder / "decoded.safetensors", lambda: _decode(folder, wnids, mend))
     return labelled_images(
         Labelled(folder / "train", read["train_x"], read["train_y"]),
@@ -71,13 +71,30 @@ def _decode(folder: Path, wnids: list[str], mend: str) -> dict[str, Tensor]:
         if not files:
             raise DataError(f"there is no image in {folder / 'train' / wnid / 'images'}", mend)
         train += [(file, number[wnid]) for file in files]
+    counts = {len(list((folder / "train" / wnid / "images").glob("*.JPEG"))) for wnid in wnids}
+    if len(counts) > 1:
+        raise DataError(
+            f"{folder / 'train'}: classes have {min(counts)} to {max(counts)} images, and should be alike", mend
+        )
     annotations = folder / "val" / "val_annotations.txt"
-    for place, line in enumerate(annotations.read_text("utf-8").splitlines(), start=1):
+    for place, line in enumerate(_text(annotations, mend).splitlines(), start=1):
         file, wnid = [*line.split("\t"), "", ""][:2]
         if wnid not in number:
             raise DataError(f"{annotations}, line {place}: '{wnid}' is not in {folder / 'wnids.txt'}", mend)
         test.append((folder / "val" / "images" / file, number[wnid]))
+    there = len(list((folder / "val" / "images").glob("*.JPEG")))
+    if len({file for file, _ in test}) != len(test) or len(test) < there:
+        raise DataError(
+            f"{annotations} has {len(test)} lines, and there are {there} images beside it, one for each", mend
+        )
     return {**_read("train", train, mend), **_read("test", test, mend)}
+
+
+def _text(file: Path, mend: str) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}", mend) from None
 
 
 def _read(part: str, files: list[tuple[Path, int]], mend: str) -> dict[str, Tensor]:
