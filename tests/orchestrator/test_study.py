@@ -192,7 +192,10 @@ def test_mistakes_on_the_command_line(write_study: Write) -> None:
         ("study: [", "not YAML"),
         ("just text", "a study is a mapping"),
         ("settings: {dataset: digits}", "missing"),
-        ("study: x\nsettings: {network: mlp, optimizer: sgd}", "missing 'dataset'; there are: cifar10, cifar100, digits"),
+        (
+            "study: x\nsettings: {network: mlp, optimizer: sgd}",
+            "missing 'dataset'; there are: cifar10, cifar100, digits",
+        ),
         ("study: x\nsettings: {dataset: digits}\nsettings: {network: mlp}", "given twice"),
         ("study: Bad Name\nsettings: {dataset: digits, network: mlp, optimizer: sgd}", "'Bad Name'"),
         (
