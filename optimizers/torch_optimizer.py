@@ -15,9 +15,7 @@ The arithmetic is that of the stacked trainer with one model in the stack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,13 +23,12 @@ from torch import Tensor, nn
 
 from flatmin.errors import RequestError, nearest
 from flatmin.optimizers.compose import Composed, Plain
-from flatmin.optimizers.interface import Ask, Evaluation, State, Step, answered, averaged
+from flatmin.optimizers.interface import Evaluation, Step, answered
+from flatmin.optimizers.torch_state import FlatState
+from flatmin.optimizers.torch_step import Closure, Stepped, StepUnderWay
 from flatmin.plugins import optimizer_parts
 from flatmin.settings import REQUIRED
 from flatmin.stack import Streams, stream_key
-
-Closure = Callable[[], Tensor]
-Stepped = tuple[Tensor, Tensor, State]
 
 _SAVED = ("count", "seed", "total_steps", "bn_updates")
 """What `state_dict` holds beside the state and the groups; loading one sets them."""
@@ -84,10 +81,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.count = 0
         self._parts = optimizer_parts(name)
         self._arguments = {key: value for part in self._parts for key, value in part.arguments.items()}
-        self._stored: State = {}
-        self._counts: set[str] = set()
-        self._stored_for: list[Tensor] = []
-        self._pending: _Work | None = None
+        self._flat = FlatState()
+        self._pending: StepUnderWay | None = None
         self._passes: list[_Pass] = []
         defaults = {key: argument.default for key, argument in self._arguments.items()} | self._canonical(settings)
         missing = [key for key, value in defaults.items() if value is REQUIRED]
@@ -112,7 +107,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             if parameter.requires_grad and not parameter.is_floating_point():
                 self.param_groups.pop()
                 raise RequestError(f"'{self.name}' takes real floating-point parameters, not {parameter.dtype}")
-        self._stored_for = []
+        self._flat = FlatState()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -139,7 +134,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise RequestError("first_step was called, so second_step comes before the next step")
         composed = self._composed()
         if closure is None and isinstance(composed.rule, Plain) and not composed.second_order:
-            work = _Work(self, composed, batches=1)
+            work = self._begin(composed, batches=1)
             self._apply(work, answered(work.stepping, lambda _: work.present()))
             return None
         closures = self._closures(composed, closure)
@@ -150,12 +145,12 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise RequestError(f"weights = {weights}: should be numbers from 0, not all of them 0")
         if scaler is not None and composed.second_order:
             raise RequestError(f"'{self.name}' takes no GradScaler: its closure does not call backward")
-        work = _Work(self, composed, len(closures))
+        work = self._begin(composed, len(closures))
         losses: list[Tensor] = []
 
         def evaluate(batch: int, hessian: bool) -> Evaluation:
             closure = closures[batch]
-            with self._statistics_of(work, batch, hessian=hessian), torch.enable_grad():
+            with work.statistics_of(batch, self.bn_updates, hessian=hessian), torch.enable_grad():
                 found = work.with_graph(closure, hessian=hessian) if composed.second_order else work.run(closure)
             losses.append(found.losses[0])
             if scaler is not None and not self._unscale(work, scaler, found, len(losses)):
@@ -194,7 +189,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise other
         if self.bn_updates == "none":
             raise RequestError("bn_updates = 'none' takes step(closure): the pass before first_step has updated them")
-        work = _Work(self, composed, batches=1)
+        work = self._begin(composed, batches=1)
         ask = next(work.stepping)
         if ask.at(0) is work.kept:
             found = work.present()
@@ -206,7 +201,6 @@ class TorchOptimizer(torch.optim.Optimizer):
                 raise other from None
             del found.grad
             if self.bn_updates == "once":
-                self._needs_module()
                 work.keep_statistics()
         if not work.overflowed:
             work.move_to(ask.at(0))
@@ -272,14 +266,14 @@ class TorchOptimizer(torch.optim.Optimizer):
             # torch has rounded the state to the type of the weights
             for key, value in state_dict["state"].get(parameter, {}).items():
                 self.state[saved][key] = value.to(saved.device, copy=True)
-        self._stored_for = []
+        self._flat = FlatState()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of."""
         if self._pending is not None:
             raise RequestError("between first_step and second_step the weights are displaced: copy after second_step")
         own = ("name", "module", "bn_updates", "seed", "total_steps", "count", "_parts", "_arguments")
-        empty: dict[str, Any] = {"_stored": {}, "_counts": set(), "_stored_for": [], "_pending": None, "_passes": []}
+        empty: dict[str, Any] = {"_flat": FlatState(), "_pending": None, "_passes": []}
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}, **empty}
 
     def _canonical(self, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,6 +320,24 @@ class TorchOptimizer(torch.optim.Optimizer):
                 values[key] = torch.cat(each, dim=1)
         return Composed(self._parts, values)
 
+    def _begin(self, composed: Composed, batches: int) -> StepUnderWay:
+        """Return a step of so many batches, with no question asked yet."""
+        work = StepUnderWay(self.name, self.module, self._trained(), self._dtype())
+        state, counts = self._flat.load(work.parameters, work.kept, composed, self.state)
+        key = torch.tensor([stream_key("optimizer", self.seed)], device=work.kept.device)
+        step = Step(
+            count=self.count,
+            total=self.total_steps,
+            lr_factor=1.0,
+            batches=batches,
+            hessian=composed.needs_hessian(self.count),
+            streams=Streams(key, self.count),
+            shapes=[tuple(parameter.shape) for parameter in work.parameters],
+            dtype=work.dtype,
+        )
+        work.begin(composed.steps(work.kept, state, step), state, counts)
+        return work
+
     def _trained(self) -> list[Tensor]:
         return [
             parameter
@@ -369,32 +381,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given {len(closure)} closures")
         return list(closure)
 
-    @contextmanager
-    def _statistics_of(self, work: _Work, batch: int, *, hessian: bool) -> Iterator[None]:
-        """Run a pass over a batch, letting it update running statistics only if `bn_updates` says so.
-
-        Before Hessian-vector products nothing may be changed in place: the end of the step restores then.
-        """
-        again = batch in work.seen
-        work.seen.add(batch)
-        if self.bn_updates == "all" or (self.bn_updates == "once" and not again):
-            yield
-            return
-        self._needs_module()
-        work.keep_statistics()
-        yield
-        if not hessian:
-            work.restore_statistics()
-
-    def _needs_module(self) -> None:
-        if self.module is None:
-            raise RequestError(
-                f"'{self.name}' evaluates a batch again, and from parameters alone it cannot be told whose BatchNorm "
-                "statistics to protect: give the module instead of its parameters, or as module=; or "
-                "bn_updates='all', which lets every pass update them"
-            )
-
-    def _unscale(self, work: _Work, scaler: torch.amp.GradScaler, found: Evaluation, number: int) -> bool:
+    def _unscale(self, work: StepUnderWay, scaler: torch.amp.GradScaler, found: Evaluation, number: int) -> bool:
         """Divide a pass's gradients by the scale; return whether all are finite, which the scaler is told too."""
         if not scaler.is_enabled():
             return True
@@ -405,7 +392,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         found.grad = work.gradients()
         return bool(torch.isfinite(found.grad).all())
 
-    def _apply(self, work: _Work, stepped: Stepped) -> None:
+    def _apply(self, work: StepUnderWay, stepped: Stepped) -> None:
         """Write the new weights and state of a step, except of parameters that had no gradient."""
         _, params, state = stepped
         if not all(work.touched):
@@ -416,207 +403,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         ):
             if touched:
                 parameter.copy_(piece.view_as(parameter))
-        self._store(work, state)
+        self._flat.store(work.parameters, state, work.counts, self.state)
         self.count += 1
         self._opt_called = True  # by which torch's schedulers know that a step came before theirs; second_step is one
-
-    def _store(self, work: _Work, state: State) -> None:
-        """Keep the flat state, and show every parameter its part of it in `self.state`."""
-        self._stored, self._counts, self._stored_for = state, work.counts, work.parameters
-        for key, value in state.items():
-            each = value.shape[1] == sum(work.sizes)
-            whole = each and key not in work.counts
-            pieces = torch.split(value[0], work.sizes) if each else [value[0]] * len(work.sizes)
-            for parameter, piece in zip(work.parameters, pieces, strict=True):
-                self.state[parameter][key] = piece.view_as(parameter) if whole else piece[0]
-
-    def _load(self, parameters: list[Tensor], kept: Tensor, composed: Composed) -> tuple[State, set[str]]:
-        """Return the flat state, put together from `self.state` where parameters have come or gone.
-
-        Beside it: the names of those of its tensors that have one number per model.
-        """
-        if len(parameters) == len(self._stored_for) and all(map(_same, parameters, self._stored_for)):
-            return self._stored, self._counts
-        initial = composed.init(kept)
-        counts = {key for key, value in initial.items() if value.shape[1] == 1}
-        sizes = [parameter.numel() for parameter in parameters]
-        flat = {}
-        for key, value in initial.items():
-            fresh = [value[0]] * len(sizes) if key in counts else torch.split(value[0], sizes)
-            own = [
-                self.state[parameter].get(key, piece).to(value).reshape(-1)
-                for parameter, piece in zip(parameters, fresh, strict=True)
-            ]
-            if key not in counts:
-                flat[key] = torch.cat(own)[None]
-            elif all(torch.equal(one, own[0]) for one in own):
-                flat[key] = own[0][None]
-            else:
-                flat[key] = torch.repeat_interleave(torch.cat(own), torch.tensor(sizes, device=value.device))[None]
-        return flat, counts
-
-
-class _Work:
-    """One step under way: the parameters, the weights in front of the step, and the rule's generator.
-
-    Attributes:
-        kept: The weights in front of the step, `[1, d]`.
-        touched: Which parameters have had a gradient.
-        seen: Batches that have been evaluated.
-        overflowed: Whether a scaled gradient was not finite.
-        counts: The names of the state's tensors with one number per model.
-    """
-
-    def __init__(self, optimizer: TorchOptimizer, composed: Composed, batches: int) -> None:
-        self.optimizer = optimizer
-        self.parameters = optimizer._trained()
-        if not self.parameters:
-            raise RequestError("no parameter requires a gradient")
-        self.sizes = [parameter.numel() for parameter in self.parameters]
-        self.dtype = optimizer._dtype()
-        self.kept = torch.cat([parameter.detach().reshape(-1).to(self.dtype) for parameter in self.parameters])[None]
-        self.touched = [False] * len(self.parameters)
-        self.seen: set[int] = set()
-        self.overflowed = False
-        self._displaced = False
-        self._statistics: list[Tensor] = []
-        self.state, self.counts = optimizer._load(self.parameters, self.kept, composed)
-        key = torch.tensor([stream_key("optimizer", optimizer.seed)], device=self.kept.device)
-        step = Step(
-            count=optimizer.count,
-            total=optimizer.total_steps,
-            lr_factor=1.0,
-            batches=batches,
-            hessian=composed.needs_hessian(optimizer.count),
-            streams=Streams(key, optimizer.count),
-            shapes=[tuple(parameter.shape) for parameter in self.parameters],
-            dtype=self.dtype,
-        )
-        self.stepping = composed.steps(self.kept, self.state, step)
-
-    def answered(self, evaluate: Callable[[int, bool], Evaluation], shares: Sequence[float]) -> Stepped:
-        """Return the step's outcome, from what `evaluate(batch, hessian)` finds at the weights of each question.
-
-        The weights of a question about one batch are held once, as the parameters, while the batch is evaluated.
-        """
-        ask = next(self.stepping)
-        while True:
-            if len(ask.batches) == 1:
-                batch, hessian = ask.batches[0], ask.hessian
-                self.move_to(ask.at(batch))
-                del ask
-                found = evaluate(batch, hessian)
-            else:
-                found = averaged(ask, shares, partial(self._at_own_weights, ask, evaluate))
-            # the closures are outside of this: a StopIteration of theirs is not the end of the step
-            try:
-                ask = self.stepping.send(found)
-            except StopIteration as end:
-                stepped: Stepped = end.value
-                return stepped
-            del found.grad
-
-    def _at_own_weights(self, ask: Ask, evaluate: Callable[[int, bool], Evaluation], batch: int) -> Evaluation:
-        self.move_to(ask.at(batch))
-        return evaluate(batch, ask.hessian)
-
-    def move_to(self, point: Tensor) -> None:
-        """Set the weights to a point `[1, d]`."""
-        if point is self.kept and not self._displaced:
-            return
-        self._displaced = True
-        for parameter, piece in zip(self.parameters, torch.split(point[0], self.sizes), strict=True):
-            parameter.copy_(piece.view_as(parameter))
-
-    def restore(self) -> None:
-        """Set the weights to what they were, bit for bit."""
-        if self._displaced:
-            self.move_to(self.kept)
-            self._displaced = False
-
-    def run(self, closure: Closure) -> Evaluation:
-        """Return the loss and gradient of a closure that calls backward."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss = closure()
-        return Evaluation(_loss(loss), self.gradients())
-
-    def present(self) -> Evaluation:
-        """Return the gradients that somebody else's backward has left."""
-        nothing = torch.full((1,), torch.nan, device=self.kept.device)
-        return Evaluation(nothing, self.gradients())
-
-    def gradients(self) -> Tensor:
-        """Return the gradients `[1, d]`, zero for parameters without one."""
-        return self._flatten([parameter.grad for parameter in self.parameters], "call backward on the loss first")
-
-    def with_graph(self, closure: Closure, *, hessian: bool) -> Evaluation:
-        """Return the loss and gradient of a closure that does not call backward, with Hessian-vector products."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss = closure()
-        number = _loss(loss)
-        if not loss.requires_grad or any(parameter.grad is not None for parameter in self.parameters):
-            raise RequestError(
-                f"the closure of '{self.optimizer.name}' must return the loss without calling backward on it"
-            )
-        grads = torch.autograd.grad(loss, self.parameters, create_graph=hessian, allow_unused=True)
-        used = [(grad, p) for grad, p in zip(grads, self.parameters, strict=True) if grad is not None]
-        flat = self._flatten([None if g is None else g.detach() for g in grads], "the loss depends on no parameter")
-
-        def hvp(v: Tensor) -> Tensor:
-            pieces = torch.split(v[0], self.sizes)
-            curved = [
-                (grad, piece.view_as(p).to(grad.dtype))
-                for grad, p, piece in zip(grads, self.parameters, pieces, strict=True)
-                if grad is not None and grad.requires_grad
-            ]
-            if not curved:
-                return torch.zeros_like(v)
-            with torch.enable_grad():
-                products = torch.autograd.grad(
-                    [grad for grad, _ in curved],
-                    self.parameters,
-                    [piece for _, piece in curved],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-            return torch.cat(
-                [
-                    torch.zeros_like(piece) if product is None else product.reshape(-1).to(self.dtype)
-                    for product, piece in zip(products, pieces, strict=True)
-                ]
-            )[None]
-
-        assert used
-        return Evaluation(number, flat, hvp if hessian else None)
-
-    def keep_statistics(self) -> None:
-        """Remember the module's buffers."""
-        module = self.optimizer.module
-        self._statistics = [] if module is None else [buffer.clone() for buffer in module.buffers()]
-
-    def restore_statistics(self) -> None:
-        """Give the module's buffers the values that were remembered."""
-        if self._statistics and self.optimizer.module is not None:
-            for buffer, kept in zip(self.optimizer.module.buffers(), self._statistics, strict=True):
-                buffer.copy_(kept)
-        self._statistics = []
-
-    def _flatten(self, grads: Sequence[Tensor | None], otherwise: str) -> Tensor:
-        if all(grad is None for grad in grads):
-            raise RequestError(f"no parameter has a gradient: {otherwise}")
-        if any(grad is not None and grad.is_sparse for grad in grads):
-            raise RequestError(f"'{self.optimizer.name}' takes dense gradients; build the embedding with sparse=False")
-        self.touched = [old or grad is not None for old, grad in zip(self.touched, grads, strict=True)]
-        return torch.cat(
-            [
-                torch.zeros(parameter.numel(), dtype=self.dtype, device=parameter.device)
-                if grad is None
-                else grad.detach().reshape(-1).to(self.dtype)
-                for parameter, grad in zip(self.parameters, grads, strict=True)
-            ]
-        )[None]
 
 
 class _Overflow(Exception):
@@ -627,17 +416,6 @@ class _Pass:
     """What a GradScaler takes for an optimizer: it unscales the gradients of each only once between two updates."""
 
     param_groups: list[dict[str, Any]]
-
-
-def _loss(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise RequestError(f"a closure returns the loss, a tensor of one number; this one returned {found}")
-    return loss.detach().reshape(1)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b
 
 
 def _saved_order(state_dict: Mapping[str, Any]) -> list[int]:
