@@ -3,132 +3,36 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from typer.core import TyperCommand
 
-from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestError, RequestWarning
-
-
-class _WithSettings(TyperCommand):
-    """A command whose help ends with every setting, read from the plug-ins' signatures."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the settings below the options."""
-        from flatmin.reference import plain
-
-        formatter.write(f"\n{plain()}\n")
-
-
-app = typer.Typer(
-    name="flatmin-sweep",
-    help="Train many networks, measure how sharp their minima are, and ask which measure predicts generalisation.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestWarning
+from flatmin.orchestrator.cli_results import correlate, query, report, status
+from flatmin.orchestrator.cli_studies import plan, studies
+from flatmin.orchestrator.terminal import (
+    JsonOption,
+    Overrides,
+    ResultsOption,
+    SmallOption,
+    StackOption,
+    StudyArgument,
+    WithSettings,
+    count,
+    print_table,
+    seconds_of,
 )
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A built-in study's name, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[SETTING=VALUE[,VALUE]]...", help="Settings; several values make an axis."),
-]
-ResultsOption = Annotated[str, typer.Option("--results", help="The results directory.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-StackOption = Annotated[str | None, typer.Option("--models-per-trial", help="The largest stack: a number, or auto.")]
 
-
-@app.command()
-def studies(as_json: JsonOption = False) -> None:
-    """List the built-in studies: what can be run, how many models, where it comes from."""
-    from flatmin.orchestrator.study import builtin_studies
-
-    rows = builtin_studies()
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    _print_table(
-        ["name", "models", "about", "source"],
-        [[row[key] for key in ("name", "models", "about", "source")] for row in rows],
-    )
-
-
-@app.command(cls=_WithSettings)
-def plan(
-    study: StudyArgument,
-    overrides: Overrides = None,
-    models_per_trial: StackOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show the models, trials and stacks of a study, and what it will cost; train nothing."""
-    from flatmin.orchestrator.estimate import estimate
-    from flatmin.orchestrator.plan import make_plan
-    from flatmin.orchestrator.progress import duration
-    from flatmin.orchestrator.study import read_study
-
-    checked = read_study(study, overrides or [])
-    planned = make_plan(checked, _count("--models-per-trial", models_per_trial))
-    cost = estimate(planned.trials)
-    seconds = None if cost.problem else sum(second or 0.0 for second in cost.seconds)
-    shared = [_shared(trial) for trial in planned.trials]
-    if as_json:
-        trials = [
-            {
-                "trial_id": trial.trial_id,
-                "model_ids": [model.model_id for model in trial.models],
-                "settings": settings,
-            }
-            for trial, settings in zip(planned.trials, shared, strict=True)
-        ]
-        models = [{"model_id": model.model_id, "settings": dict(model.settings)} for model in checked.models]
-        content = {
-            "study": planned.study,
-            "models": models,
-            "trials": trials,
-            "bytes": cost.bytes,
-            "device_seconds": seconds,
-        }
-        print(json.dumps(content, indent=2))
-        return
-    varying = _varying(shared)
-    rows = [
-        [
-            trial.trial_id,
-            len(trial.models),
-            *(settings.get(name, "") for name in varying),
-            _about(second),
-        ]
-        for trial, settings, second in zip(planned.trials, shared, cost.seconds, strict=True)
-    ]
-    _print_table(["trial_id", "models", *varying, "device time"], rows)
-    sizes = sorted({len(trial.models) for trial in planned.trials})
-    print(
-        f"{planned.study}: {len(planned.models)} models in {len(planned.trials)} trials of {_span(sizes)} models; "
-        + (
-            f"estimate: none, {cost.problem}"
-            if seconds is None
-            else f"about {duration(seconds)} of device time, {(cost.bytes or 0) / 1e6:.1f} MB"
-        )
-    )
-    print(f"measures: {', '.join(checked.measures) or 'none'}")
-
-
-@app.command(cls=_WithSettings)
 def launch(
     study: StudyArgument,
     results: ResultsOption,
     overrides: Overrides = None,
+    small: SmallOption = False,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join; a private one otherwise.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="Run in this process, without Ray.")] = False,
     cpus_per_trial: Annotated[float | None, typer.Option(min=0.01, help="Cores of one trial.")] = None,
@@ -165,17 +69,17 @@ def launch(
             processes_per_model=processes_per_model,
         ),
         inline=inline,
-        models_per_trial=_count("--models-per-trial", models_per_trial),
+        models_per_trial=count("--models-per-trial", models_per_trial),
         checkpoint_seconds=seconds_of("--checkpoint-every", checkpoint_every),
         compile=compile_passes,
         cuda_graphs=cuda_graphs,
         channels_last=channels_last,
-        micro_batch=_count("--micro-batch", micro_batch),
+        micro_batch=count("--micro-batch", micro_batch),
     )
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        done = run(study, results, overrides or [], options, console)
+        done = run(study, results, overrides or [], options, console, small=small)
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is kept, run the same command to go on", highlight=False)
         raise typer.Exit(130) from None
@@ -193,45 +97,6 @@ def launch(
     raise typer.Exit(done.exit_code)
 
 
-@app.command()
-def status(results: ResultsOption, as_json: JsonOption = False) -> None:
-    """Count a study's models: planned, trained, failed, remaining; rate and time left."""
-    from flatmin.orchestrator.inspect import status as count
-    from flatmin.orchestrator.progress import duration
-    from flatmin.results import Results
-
-    found = count(Results.open(results)).to_json()
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    shown: dict[str, object] = dict(found)
-    shown["models_per_minute"] = "" if found["models_per_minute"] is None else f"{found['models_per_minute']:.1f}"
-    shown["eta_seconds"] = "" if found["eta_seconds"] is None else duration(found["eta_seconds"])
-    _print_table(["", ""], [[name.replace("_seconds", ""), value] for name, value in shown.items()])
-
-
-@app.command()
-def query(
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="A query over the tables and the view wide.")],
-    results: ResultsOption,
-    output_format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format")] = "table",
-) -> None:
-    """Ask the tables a question in SQL (DuckDB)."""
-    from flatmin.orchestrator.inspect import query as ask
-    from flatmin.results import Results
-
-    frame = ask(Results.open(results), sql)
-    if output_format == "csv":
-        print(frame.to_csv(index=False), end="")
-    elif output_format == "json":
-        print(frame.to_json(orient="records", date_format="iso", indent=2))
-    elif output_format == "parquet":
-        frame.to_parquet(sys.stdout.buffer, index=False)
-    else:
-        _print_table([str(name) for name in frame.columns], frame.itertuples(index=False))
-
-
-@app.command()
 def measure(
     results: ResultsOption,
     measures: Annotated[str, typer.Option(help="Measures to compute, such as `lpf,lpf(sigma=0.002)`.")],
@@ -251,51 +116,6 @@ def measure(
     raise typer.Exit(done.exit_code)
 
 
-@app.command()
-def correlate(
-    table: Annotated[
-        str, typer.Argument(metavar="TABLE_OR_RESULTS", help="A CSV or Parquet file, or a results directory.")
-    ],
-    target: Annotated[str, typer.Option(help="What the measures should predict.")] = "gen_gap",
-    axes: Annotated[str | None, typer.Option(help="Settings that tell configurations apart.")] = None,
-    measures: Annotated[str | None, typer.Option(help="Columns or labels to correlate.")] = None,
-    seed_column: Annotated[str, typer.Option(help="The column that tells runs of a configuration apart.")] = "seed",
-    as_json: JsonOption = False,
-) -> None:
-    """Rank-correlate measures with a target, over any table of models."""
-    from flatmin.labels import split_list
-    from flatmin.orchestrator.correlate import correlate_table
-
-    found = correlate_table(
-        table,
-        target=target,
-        axes=None if axes is None else split_list(axes),
-        measures=None if measures is None else split_list(measures),
-        seed_column=seed_column,
-    )
-    if as_json:
-        print(json.dumps(found.to_json(), indent=2))
-        return
-    keys = ["tau", "tau_low", "tau_high", "n", "n_configs", "tau_rows", "spearman", "pearson"]
-    rows = [[name, *(_short(getattr(values, key)) for key in keys)] for name, values in found.measures.items()]
-    _print_table(["measure", *keys], rows)
-    axes_used = ", ".join(found.axes) or "none"
-    print(f"target {found.target}; axes {axes_used}; n {found.n}; dropped {dict(found.dropped)}")
-
-
-@app.command()
-def report(
-    results: ResultsOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
-) -> None:
-    """Write one self-contained interactive page that opens without a network."""
-    from flatmin.orchestrator.report import write_report
-
-    write_report(results, output)
-    print(output)
-
-
-@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what works on this machine, what does not, and the mend."""
     from dataclasses import asdict
@@ -310,71 +130,21 @@ def doctor(as_json: JsonOption = False) -> None:
             ["ok" if check.ok else "BROKEN", check.check, check.found, check.mend.partition("\n")[0]]
             for check in checks
         ]
-        _print_table(["", "check", "found", "mend"], rows)
+        print_table(["", "check", "found", "mend"], rows)
     raise typer.Exit(0 if all(check.ok for check in checks) else 1)
 
 
-_TIMES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+app = typer.Typer(
+    name="flatmin-sweep",
+    help="Train many networks, measure how sharp their minima are, and ask which measure predicts generalisation.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-
-def seconds_of(option: str, text: str) -> float:
-    """Return a time given as `90s`, `30m`, `2h` or a number of seconds.
-
-    Raises:
-        RequestError: It is none of these.
-
-    >>> seconds_of("--time-budget", "1.5m")
-    90.0
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smhd]?)\s*", text)
-    if match is None:
-        raise RequestError(f"{option} {text}: not a time; write 90s, 30m, 2h or 1d")
-    return float(match.group(1)) * _TIMES[match.group(2) or "s"]
-
-
-def _count(option: str, text: str | None) -> int | Literal["auto"] | None:
-    if text is None or text == "auto":
-        return None if text is None else "auto"
-    if not text.isdigit() or int(text) < 1:
-        raise RequestError(f"{option} {text}: should be a number from 1 on, or auto")
-    return int(text)
-
-
-def _shared(trial: Any) -> dict[str, Any]:
-    first, *others = (model.settings for model in trial.models)
-    return {name: value for name, value in first.items() if all(other[name] == value for other in others)}
-
-
-def _varying(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the settings that rows which have them differ in; other plug-ins have other settings."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if len({json.dumps(row[name]) for row in rows if name in row}) > 1]
-
-
-def _about(seconds: float | None) -> str:
-    from flatmin.orchestrator.progress import duration
-
-    return "unknown" if seconds is None else duration(seconds)
-
-
-def _span(sizes: Sequence[int]) -> str:
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-
-
-def _short(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    import pandas as pd
-
-    table = Table(*header, show_header=any(header), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(
-            *("" if pd.api.types.is_scalar(value) and pd.isna(value) else escape(str(value)) for value in row)
-        )
-    # A pipe has no width of its own: whole cells are worth more there than lines of 80 characters.
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+for command in (studies, plan, launch, status, query, measure, correlate, report, doctor):
+    app.command(cls=WithSettings if command in (plan, launch) else None)(command)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

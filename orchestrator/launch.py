@@ -18,11 +18,13 @@ from flatmin.errors import RequestError, ResultsError
 from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import estimate
+from flatmin.orchestrator.grid import NAMES
 from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.runner import RunOptions
-from flatmin.orchestrator.study import NAMES, Resources, Study, read_study
+from flatmin.orchestrator.study import Study, read_study
+from flatmin.orchestrator.study_file import Resources
 from flatmin.plugins import program_arguments
 from flatmin.results import Results, now, write_atomically
 from flatmin.settings import digest
@@ -102,6 +104,8 @@ def launch(
     overrides: Sequence[str] = (),
     options: LaunchOptions | None = None,
     console: Console | None = None,
+    *,
+    small: bool = False,
 ) -> Launched:
     """Run a study, or whatever of it is missing.
 
@@ -111,6 +115,7 @@ def launch(
         overrides: `setting=value` or `setting=value,value`.
         options: How to run it.
         console: Where progress is shown; the standard error when None.
+        small: Run the study's small twin.
 
     Raises:
         RequestError: The study, the directory, the resources or the execution cannot be as asked.
@@ -118,7 +123,7 @@ def launch(
     """
     options = options or LaunchOptions()
     console = console or Console(stderr=True)
-    checked = read_study(study, overrides)
+    checked = read_study(study, overrides, small=small)
     plan = make_plan(checked, _largest_stack(options))
     options = replace(options, run=with_resources(options.run, checked.file.resources))
     with _disk_errors(results):
@@ -242,9 +247,7 @@ def _distinct(trials: Sequence[Trial]) -> int:
 def what_is_missing(results: Results, plan: Plan) -> Missing:
     """Return what of a plan is not in a results directory."""
     models = results.table("models").select(["model_id", "trial_id", "status"]).to_pylist()
-    sharpness = results.table("sharpness")
-    measured = zip(sharpness["model_id"].to_pylist(), sharpness["label"].to_pylist(), strict=True)
-    return missing(plan, models, measured)
+    return missing(plan, models, results.measured())
 
 
 def refused(results: Results, done: Missing) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
     for model in study.models:
         groups.setdefault(program_key(model, study.arguments), []).append(model)
     trials = [
-        Trial(study.name, tuple(members), study.measures)
+        Trial(study.name, tuple(members), study.measures, measure_every=study.file.measure_every)
         for group in groups.values()
         for members in _even_parts(sorted(group, key=lambda model: model.model_id), largest)
     ]
@@ -79,18 +79,25 @@ def check_sets(labels: Sequence[str], models: Sequence[Model]) -> None:
             )
 
 
-def plan(study: str, overrides: Sequence[str] = (), models_per_trial: int | Literal["auto"] | None = None) -> Plan:
+def plan(
+    study: str,
+    overrides: Sequence[str] = (),
+    models_per_trial: int | Literal["auto"] | None = None,
+    *,
+    small: bool = False,
+) -> Plan:
     """Read a study and partition it into stacks; train nothing.
 
     Args:
         study: A built-in study's name, or the path of a YAML file.
         overrides: `setting=value` or `setting=value,value`.
         models_per_trial: The largest stack; the study's own choice when None.
+        small: Take the study's small twin.
 
     Raises:
         RequestError: The study cannot be used.
     """
-    return make_plan(read_study(study, overrides), models_per_trial)
+    return make_plan(read_study(study, overrides, small=small), models_per_trial)
 
 
 def program_key(model: Model, arguments: Mapping[str, Argument]) -> tuple[Any, ...]:
@@ -136,7 +143,7 @@ def missing(plan: Plan, models: Iterable[Mapping[str, Any]], measured: Iterable[
     for trial in plan.trials:
         left = tuple(model for model in trial.models if model.model_id not in rows)
         if left:
-            train.append(Trial(trial.study, left, trial.measures))
+            train.append(replace(trial, models=left))
         for model in trial.models:
             row = rows.get(model.model_id)
             if row is None or row["status"] == "diverged":

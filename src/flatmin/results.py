@@ -175,6 +175,13 @@ class Results:
         rows = rows.filter(pc.is_in(_joint_key(rows), value_set=committed))
         return _first_of_each(rows, ["model_id", "epoch", "label"]) if table == "sharpness" else rows
 
+    def measured(self) -> set[tuple[str, str]]:
+        """Return the model_id and label of every measure of a trained model, those taken under way left out."""
+        models = self.table("models")
+        ended = dict(zip(models["model_id"].to_pylist(), models["epochs_run"].to_pylist(), strict=True))
+        rows = self.table("sharpness").select(["model_id", "label", "epoch"]).to_pydict()
+        return {(model, label) for model, label, epoch in zip(*rows.values(), strict=True) if ended[model] == epoch}
+
     def models(self) -> pd.DataFrame:
         """Return the trained models, one row each."""
         return _frame(self.table("models"))

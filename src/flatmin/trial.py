@@ -31,6 +31,7 @@ class Trial:
         study: The study's name.
         models: The members of the stack, in stack order.
         measures: Canonical measure labels to compute of every member.
+        measure_every: Epochs between measures of models under way; None: at the end alone.
         committed_as: For models that are trained already: the trial that holds their weights and rows.
     """
 
@@ -38,6 +39,7 @@ class Trial:
     models: tuple[Model, ...]
     measures: tuple[str, ...] = ()
     committed_as: str | None = None
+    measure_every: int | None = None
 
     @property
     def trial_id(self) -> str:

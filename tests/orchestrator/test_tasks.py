@@ -19,7 +19,7 @@ from flatmin.orchestrator.inspect import query
 from flatmin.orchestrator.launch import Launched, LaunchOptions, launch, with_resources
 from flatmin.orchestrator.report import write_report
 from flatmin.orchestrator.runner import RunOptions
-from flatmin.orchestrator.study import Resources
+from flatmin.orchestrator.study_file import Resources
 from flatmin.orchestrator.tune import trial_resources
 from flatmin.results import Results
 

@@ -14,7 +14,7 @@ import pytest
 from flatmin.errors import RequestError
 from flatmin.orchestrator.launch import LaunchOptions, launch, with_resources
 from flatmin.orchestrator.runner import RunOptions
-from flatmin.orchestrator.study import Resources
+from flatmin.orchestrator.study_file import Resources
 from flatmin.orchestrator.tune import shortage, trial_resources
 from flatmin.results import Results
 

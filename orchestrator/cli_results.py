@@ -1,0 +1,90 @@
+"""Commands about results: what is there, and what it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flatmin.orchestrator.terminal import JsonOption, ResultsOption, print_table, short
+
+
+def status(results: ResultsOption, as_json: JsonOption = False) -> None:
+    """Count a study's models: planned, trained, failed, remaining; rate and time left."""
+    from flatmin.orchestrator.inspect import status as count
+    from flatmin.orchestrator.progress import duration
+    from flatmin.results import Results
+
+    found = count(Results.open(results)).to_json()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    shown: dict[str, object] = dict(found)
+    shown["models_per_minute"] = "" if found["models_per_minute"] is None else f"{found['models_per_minute']:.1f}"
+    shown["eta_seconds"] = "" if found["eta_seconds"] is None else duration(found["eta_seconds"])
+    print_table(["", ""], [[name.replace("_seconds", ""), value] for name, value in shown.items()])
+
+
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="A query over the tables and the view wide.")],
+    results: ResultsOption,
+    output_format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format")] = "table",
+) -> None:
+    """Ask the tables a question in SQL (DuckDB)."""
+    from flatmin.orchestrator.inspect import query as ask
+    from flatmin.results import Results
+
+    frame = ask(Results.open(results), sql)
+    if output_format == "csv":
+        print(frame.to_csv(index=False), end="")
+    elif output_format == "json":
+        print(frame.to_json(orient="records", date_format="iso", indent=2))
+    elif output_format == "parquet":
+        frame.to_parquet(sys.stdout.buffer, index=False)
+    else:
+        print_table([str(name) for name in frame.columns], frame.itertuples(index=False))
+
+
+def correlate(
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE_OR_RESULTS", help="A CSV or Parquet file, or a results directory.")
+    ],
+    target: Annotated[str, typer.Option(help="What the measures should predict.")] = "gen_gap",
+    axes: Annotated[str | None, typer.Option(help="Settings that tell configurations apart.")] = None,
+    measures: Annotated[str | None, typer.Option(help="Columns or labels to correlate.")] = None,
+    seed_column: Annotated[str, typer.Option(help="The column that tells runs of a configuration apart.")] = "seed",
+    as_json: JsonOption = False,
+) -> None:
+    """Rank-correlate measures with a target, over any table of models."""
+    from flatmin.labels import split_list
+    from flatmin.orchestrator.correlate import correlate_table
+
+    found = correlate_table(
+        table,
+        target=target,
+        axes=None if axes is None else split_list(axes),
+        measures=None if measures is None else split_list(measures),
+        seed_column=seed_column,
+    )
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    keys = ["tau", "tau_low", "tau_high", "n", "n_configs", "tau_rows", "spearman", "pearson"]
+    rows = [[name, *(short(getattr(values, key)) for key in keys)] for name, values in found.measures.items()]
+    print_table(["measure", *keys], rows)
+    axes_used = ", ".join(found.axes) or "none"
+    print(f"target {found.target}; axes {axes_used}; n {found.n}; dropped {dict(found.dropped)}")
+
+
+def report(
+    results: ResultsOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained interactive page that opens without a network."""
+    from flatmin.orchestrator.report import write_report
+
+    write_report(results, output)
+    print(output)

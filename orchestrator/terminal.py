@@ -1,0 +1,85 @@
+"""What the commands of the command line share: arguments, options, tables on the terminal."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperCommand
+
+from flatmin.errors import RequestError
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="A built-in study's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SETTING=VALUE[,VALUE]]...", help="Settings; several values make an axis."),
+]
+ResultsOption = Annotated[str, typer.Option("--results", help="The results directory.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+StackOption = Annotated[str | None, typer.Option("--models-per-trial", help="The largest stack: a number, or auto.")]
+SmallOption = Annotated[bool, typer.Option("--small", help="Take the study's small twin: minutes, and no download.")]
+
+
+class WithSettings(TyperCommand):
+    """A command whose help ends with every setting, read from the plug-ins' signatures."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the settings below the options."""
+        from flatmin.reference import plain
+
+        formatter.write(f"\n{plain()}\n")
+
+
+_TIMES = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(option: str, text: str) -> float:
+    """Return a time given as `90s`, `30m`, `2h` or a number of seconds.
+
+    Raises:
+        RequestError: It is none of these.
+
+    >>> seconds_of("--time-budget", "1.5m")
+    90.0
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smhd]?)\s*", text)
+    if match is None:
+        raise RequestError(f"{option} {text}: not a time; write 90s, 30m, 2h or 1d")
+    return float(match.group(1)) * _TIMES[match.group(2) or "s"]
+
+
+def count(option: str, text: str | None) -> int | Literal["auto"] | None:
+    """Return a number from 1 on, or `auto`; None where nothing is given.
+
+    Raises:
+        RequestError: It is neither.
+    """
+    if text is None or text == "auto":
+        return None if text is None else "auto"
+    if not text.isdigit() or int(text) < 1:
+        raise RequestError(f"{option} {text}: should be a number from 1 on, or auto")
+    return int(text)
+
+
+def short(value: Any) -> str:
+    """Return a value as a cell of a table."""
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; without a header where all its names are empty."""
+    import pandas as pd
+
+    table = Table(*header, show_header=any(header), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            *("" if pd.api.types.is_scalar(value) and pd.isna(value) else escape(str(value)) for value in row)
+        )
+    # A pipe has no width of its own: whole cells are worth more there than lines of 80 characters.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
