@@ -100,7 +100,7 @@ def test_every_setting_is_in_the_id() -> None:
     arguments = program_arguments(NAMES)
     base = model_id(settings(), arguments)
     for name, argument in arguments.items():
-        value: Any = {int: 7, float: 0.123, bool: True}.get(argument.annotation, "other")
+        value: Any = {int: 7, float: 0.123, bool: not argument.default}.get(argument.annotation, "other")
         assert model_id(settings(**{name: value}), arguments) != base, name
 
 

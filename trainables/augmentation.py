@@ -36,25 +36,35 @@ _DRAWS = 11
 """Uniform numbers of an example in an epoch, and what each is for; chances and signs have two."""
 
 
-def transform_pixels(images: Tensor, keys: Tensor, numbers: Tensor, augmentation: str) -> Tensor:
+def draws(keys: Tensor, numbers: Tensor) -> Tensor:
+    """Return what examples draw: uniform numbers, float64 `[G, b, 11]`.
+
+    Args:
+        keys: The stream of each row, int64 `[G]`.
+        numbers: Which example of the data set each image is, int64 `[G, b]`.
+    """
+    index = numbers.unsqueeze(-1) * _DRAWS + torch.arange(_DRAWS, device=numbers.device)
+    return (bits_at(keys[:, None, None], index) >> 11 & (1 << 53) - 1).double().mul_(2.0**-53)
+
+
+def transform_pixels(images: Tensor, drawn: Tensor, augmentation: str) -> Tensor:
     """Return images flipped, cropped and so on, before normalisation.
 
     Args:
         images: `[G, b, C, H, W]`, uint8, or floats in the range of [0, 1] where data noise was added.
-        keys: The stream of each row, int64 `[G]`.
-        numbers: Which example of the data set each image is, int64 `[G, b]`.
+        drawn: What each image draws, `[G, b, 11]`.
         augmentation: One of the table above, or `none`. AutoAugment's operations are defined for uint8 alone.
     """
     if augmentation == "none":
         return images
-    flat, draws = images.flatten(0, 1), _draws(keys, numbers).flatten(0, 1)
-    changed = _cropped(flat, draws, 0 if augmentation == "flip" else PADDING)
+    flat, each = images.flatten(0, 1), drawn.flatten(0, 1)
+    changed = _cropped(flat, each, 0 if augmentation == "flip" else PADDING)
     if augmentation == "autoaugment_cutout":
-        changed = _autoaugmented(changed, draws)
+        changed = _autoaugmented(changed, each)
     return changed.reshape(images.shape)
 
 
-def cutout(x: Tensor, keys: Tensor, numbers: Tensor, augmentation: str, size: int = 16) -> Tensor:
+def cutout(x: Tensor, drawn: Tensor, augmentation: str, size: int = 16) -> Tensor:
     """Return normalised images, about half of them with a square set to zero; written in place.
 
     The square's first row and column are uniform over -(size // 2) .. H - size // 2 - 1, so that its centre is uniform
@@ -62,16 +72,14 @@ def cutout(x: Tensor, keys: Tensor, numbers: Tensor, augmentation: str, size: in
 
     Args:
         x: `[G, b, C, H, W]`, normalised.
-        keys: The stream of each row, int64 `[G]`.
-        numbers: Which example of the data set each image is, int64 `[G, b]`.
+        drawn: What each image draws, `[G, b, 11]`.
         augmentation: One of the table above; where it has no cutout, images stay as they are.
         size: The side of the square, in pixels.
     """
     if not augmentation.endswith("_cutout"):
         return x
-    draws = _draws(keys, numbers)
-    rows = _covered(draws[..., _CUT_TOP], x.shape[-2], size) & (draws[..., _CUT] < CUTOUT_PROBABILITY).unsqueeze(-1)
-    columns = _covered(draws[..., _CUT_LEFT], x.shape[-1], size)
+    rows = _covered(drawn[..., _CUT_TOP], x.shape[-2], size) & (drawn[..., _CUT] < CUTOUT_PROBABILITY).unsqueeze(-1)
+    columns = _covered(drawn[..., _CUT_LEFT], x.shape[-1], size)
     # a product of floats: filling by a mask of bools takes eight times as long on a CPU
     keep = 1 - rows.to(x.dtype).unsqueeze(-1) * columns.to(x.dtype).unsqueeze(-2)
     return x.mul_(keep.unsqueeze(2))
@@ -84,25 +92,19 @@ def _covered(draw: Tensor, length: int, size: int) -> Tensor:
     return (places >= first) & (places < first + size)
 
 
-def _draws(keys: Tensor, numbers: Tensor) -> Tensor:
-    """Return the uniform numbers of examples, float64 `[G, b, _DRAWS]`."""
-    index = numbers.unsqueeze(-1) * _DRAWS + torch.arange(_DRAWS, device=numbers.device)
-    return (bits_at(keys[:, None, None], index) >> 11 & (1 << 53) - 1).double().mul_(2.0**-53)
-
-
 def _below(draw: Tensor, count: int) -> Tensor:
     """Return integers in 0 .. count - 1 from uniform numbers."""
     return (draw * count).long()
 
 
-def _cropped(images: Tensor, draws: Tensor, padding: int) -> Tensor:
+def _cropped(images: Tensor, drawn: Tensor, padding: int) -> Tensor:
     """Return a window of each image `[n, C, H, W]` with zeros around it, mirrored or not.
 
     Each window is one copy of consecutive memory: `H` rows of the padded image, from its first pixel on.
     """
     n, channels, height, width = images.shape
-    flipped = draws[:, _FLIP] < 0.5
-    top, left = (_below(draws[:, place], 2 * padding + 1) for place in (_TOP, _LEFT))
+    flipped = drawn[:, _FLIP] < 0.5
+    top, left = (_below(drawn[:, place], 2 * padding + 1) for place in (_TOP, _LEFT))
     left = torch.where(flipped, 2 * padding - left, left)  # a mirrored window is a window of the mirrored image
     # one more row below, for the rest of the last row of the last window
     padded = pad(torch.cat([images, images.flip(-1)]), (padding, padding, padding, padding + 1))
@@ -115,12 +117,12 @@ def _cropped(images: Tensor, draws: Tensor, padding: int) -> Tensor:
     return windows.view(n, channels, height, row)[..., :width]
 
 
-def _autoaugmented(images: Tensor, draws: Tensor) -> Tensor:
+def _autoaugmented(images: Tensor, drawn: Tensor) -> Tensor:
     """Return images `[n, C, H, W]` after both operations of a random policy each; those that are alike, at once."""
     images = images.clone()
     policies = _policies(images.shape[-2], images.shape[-1])
-    policy = _below(draws[:, _POLICY], len(policies)).tolist()
-    negative, chances = draws[:, _SIGN : _SIGN + 2] < 0.5, draws[:, _CHANCE : _CHANCE + 2].tolist()
+    policy = _below(drawn[:, _POLICY], len(policies)).tolist()
+    negative, chances = drawn[:, _SIGN : _SIGN + 2] < 0.5, drawn[:, _CHANCE : _CHANCE + 2].tolist()
     for place in range(2):
         alike: dict[tuple[str, float], list[int]] = {}
         for image, (own, minus) in enumerate(zip(policy, negative[:, place].tolist(), strict=True)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flatmin.stack import Batch, permutation, stream_key
-from flatmin.trainables.augmentation import cutout, transform_pixels
+from flatmin.trainables.augmentation import cutout, draws, transform_pixels
 from flatmin.trainables.corruption import check_recipe, choose, noisy_labels
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.inputs import Inputs, Noise, groups, spread
@@ -73,27 +73,27 @@ class Split:
         y = self.y[:1].expand(len(index), *self.y.shape[1:]) if same else self.y[index]
         return replace(self, y=y, noise=noise, order_seeds=seeds)
 
-    def steps(self, epoch: int, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Split]]:
-        """Yield the examples of each step, `[K, s]`, and what its batches are gathered from: augmented.
+    def steps(self, epoch: int, orders: Sequence[Tensor]) -> Iterator[Split]:
+        """Yield what the batches of each step are gathered from: augmented.
 
         Models of one order seed have the same order, and their images are made once for all of them.
 
         Args:
             epoch: The epoch.
-            orders: The examples of every step of it that is to come.
+            orders: The examples `[K, s]` of every step of it that is to come.
 
         Yields:
-            A step.
+            The split, with what a step needs at hand.
         """
         training, images = replace(self, epoch=epoch), self.inputs.x
         if not isinstance(images, Images):
-            yield from ((order, training) for order in orders)
+            yield from (training for _ in orders)
             return
         keys = training._keys(self.order_seeds)
         views = tuple(dict.fromkeys(keys)) if self.augmentation == CROPPED_WHILE_READ else ()
         ids = [torch.unique(view_ids(self.numbers[order], keys, views, len(images))).cpu() for order in orders]
-        for order, window in zip(orders, windows(images, ids, views, self.numbers.device), strict=True):
-            yield order, training._with(window)
+        for window in windows(images, ids, views, self.numbers.device):
+            yield training._with(window)
 
     def gather(self, order: Tensor) -> Batch:
         """Return the batch of examples `order`, `[K, b]`, each model its own."""
@@ -164,9 +164,9 @@ class Split:
             or (self.streamed and self.augmentation == CROPPED_WHILE_READ)
         ):
             return self.inputs.normalised(images)
-        streams = torch.tensor(keys, device=images.device)
-        x = self.inputs.normalised(transform_pixels(images, streams, numbers, self.augmentation))
-        return cutout(x, streams, numbers, self.augmentation, self.cutout_size)
+        drawn = draws(torch.tensor(keys, device=images.device), numbers)
+        x = self.inputs.normalised(transform_pixels(images, drawn, self.augmentation))
+        return cutout(x, drawn, self.augmentation, self.cutout_size)
 
 
 class _Chunks(Sequence[Batch]):

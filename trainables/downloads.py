@@ -107,6 +107,11 @@ def downloads_allowed() -> Iterator[None]:
         _allowed.reset(token)
 
 
+def downloads_are_allowed() -> bool:
+    """Whether this is inside `downloads_allowed()`."""
+    return _allowed.get()
+
+
 def provide(source: Source, folder: Path) -> None:
     """See to it that the files of a data set are in its folder: downloaded, checked and unpacked.
 
@@ -117,7 +122,7 @@ def provide(source: Source, folder: Path) -> None:
     lacking = source.lacking(folder)
     if not lacking:
         return
-    if not _allowed.get() and any(not (folder / download.path).exists() for download in source.downloads):
+    if not downloads_are_allowed() and any(not (folder / download.path).exists() for download in source.downloads):
         raise MissingData(
             f"{source.name} is not at {folder}, which has no {lacking}",
             source.mend(folder, "`flatmin-sweep launch` downloads it"),
@@ -139,14 +144,19 @@ def provide(source: Source, folder: Path) -> None:
         )
 
 
+def md5_of(path: Path) -> str:
+    """Return a file's md5, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
 def check_md5(path: Path, md5: str, mend: str) -> None:
     """Check a file's md5.
 
     Raises:
         DataError: It is another.
     """
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    found = md5_of(path)
     if found != md5:
         raise DataError(f"{path} is damaged: its md5 is {found} and should be {md5}", mend)
 

@@ -103,6 +103,22 @@ def pixel_statistics(x: Tensor) -> tuple[list[float], list[float]]:
     return means, stds
 
 
+def each_pixel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each pixel of images uint8 `[n, C, H, W]`, divided by 255.
+
+    They are those of scikit-learn's `StandardScaler` on values from 0 to 255: deviations are of the images themselves
+    (n, not n - 1), and 1 of 255 where a pixel is the same in all images.
+
+    >>> each_pixel_statistics(torch.tensor([[0, 9], [255, 9]], dtype=torch.uint8).reshape(2, 1, 1, 2))[0]
+    tensor([[[0.5000, 0.0353]]])
+    """
+    n, parts = len(x), torch.split(x, 4096)
+    sums = torch.stack([part.sum(dim=0) for part in parts]).sum(dim=0)
+    squares = torch.stack([part.int().square().sum(dim=0) for part in parts]).sum(dim=0)
+    deviations = (n * squares - sums**2).double().sqrt() / n  # of integers: exact but for the root
+    return (sums.double() / n / 255).float(), (torch.where(deviations > 0, deviations, 1.0) / 255).float()
+
+
 def decoded(file: Path, modes: Collection[str], mend: str, size: tuple[int, int] | None = None) -> Image.Image:
     """Return an image from a file.
 

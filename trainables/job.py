@@ -10,9 +10,10 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.errors import FlatminError, RequestError
-from flatmin.labels import parse_label
 from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
 from flatmin.settings import Argument, digest
-from flatmin.sharpness import Engine, Measured
-from flatmin.stack import stream_key
-from flatmin.stack.network import Buffers
 from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights, weights_hash
-from flatmin.trainables.data import Split
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.downloads import downloads_allowed
-from flatmin.trainables.measures import take
+from flatmin.trainables.measures import (
+    Initial,
+    check_measures,
+    measure_ended,
+    measure_saved,
+    measure_under_way,
+)
 from flatmin.trainables.ranks import Ranks
-from flatmin.trainables.tasks import check_measure
+from flatmin.trainables.stand_ins import stand_in_root
 from flatmin.trainables.together import others
-from flatmin.trainables.trainer import StackTrainer, buffers_of, network_builder
+from flatmin.trainables.trainer import StackTrainer, network_builder
 from flatmin.trial import Job, Model, Trial
 
 
@@ -61,14 +62,19 @@ def _left(results: Results, trial: Trial) -> Trial:
     """Return what of a trial is left to do: an attempt that failed in a measure has committed all else."""
     if trial.committed_as or not results.table_file("models", trial.trial_id).exists():
         return trial
-    rows = results.table("sharpness").select(["trial_id", "label"]).to_pylist()
-    done = {row["label"] for row in rows if row["trial_id"] == trial.trial_id}
+    members = {model.model_id for model in trial.models}
+    done = {label for model_id, label in results.measured() if model_id in members}
     left = tuple(label for label in trial.measures if label not in done)
     return replace(trial, measures=left, committed_as=trial.trial_id)
 
 
-def trainer_of(job: Job, ranks: Ranks) -> StackTrainer:
+def trainer_of(job: Job, ranks: Ranks, *, download: bool = True) -> StackTrainer:
     """Return what trains a job's models, in one of the processes that do, and prepare this one for their arithmetic.
+
+    Args:
+        job: The models.
+        ranks: The processes that train them together.
+        download: Whether data that are not there may be downloaded.
 
     Raises:
         FlatminError: The data, or what is asked for, cannot be used.
@@ -77,11 +83,12 @@ def trainer_of(job: Job, ranks: Ranks) -> StackTrainer:
     tf32 = job.trial.program["precision"] == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32  # convolutions would use it by default
-    with downloads_allowed():
-        dataset = load_dataset(plugin_settings("dataset", job.trial.program))
+    with downloads_allowed() if download else nullcontext():
+        program = job.trial.program
+        dataset = load_dataset(plugin_settings("dataset", program), stand_in=program["stand_in"])
     build = network_builder(job.trial.program, dataset.input_shape, dataset.classes)
     trainer = StackTrainer(job.trial, dataset, build, job.execution, ranks)
-    _check_measures(job.trial, trainer)
+    check_measures(trainer)
     return trainer
 
 
@@ -91,11 +98,24 @@ def plugin_settings(kind: str, program: Mapping[str, Any]) -> tuple[tuple[str, A
     return ((kind, plugin.name), *((name, program[name]) for name in plugin.arguments))
 
 
+def load_dataset(settings: tuple[tuple[str, Any], ...], *, stand_in: bool = False) -> Dataset:
+    """Return a data set; the last one stays loaded, for a worker trains many stacks of the same.
+
+    Args:
+        settings: The data set's name and the settings it takes; see `plugin_settings`.
+        stand_in: Whether small generated files are read in its place.
+
+    Raises:
+        FlatminError: It is not there, or damaged; or has no stand-in.
+    """
+    name = str(dict(settings)["dataset"])
+    return _loaded(settings, stand_in_root(get("dataset", name), data_root()) if stand_in else data_root())
+
+
 @lru_cache(maxsize=1)
-def load_dataset(settings: tuple[tuple[str, Any], ...]) -> Dataset:
-    """Return a data set; the last one stays loaded, for a worker trains many stacks of the same."""
+def _loaded(settings: tuple[tuple[str, Any], ...], root: Path) -> Dataset:
     (_, name), *arguments = settings
-    dataset: Dataset = get("dataset", name).load()(data_root(), **dict(arguments))
+    dataset: Dataset = get("dataset", name).load()(root, **dict(arguments))
     return dataset
 
 
@@ -111,6 +131,7 @@ def _train(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
     saved = time.monotonic()
     with others(job, resumed=resumed):
         for progress in trainer.train():
+            measure_under_way(trainer, initial)
             if progress.alive and time.monotonic() - saved >= job.execution.checkpoint_seconds:
                 check(results, job.token)
                 save_state(results, trainer)
@@ -126,9 +147,10 @@ def _train(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
     for row, outcome in zip(rows, trainer.outcomes, strict=True):
         assert outcome.row is not None
         row.update(outcome.row)
-    measured = _measure(job.trial, trainer, rows, initial)
-    _commit(job, results, trainer, initial, rows, measured)
-    measured.raise_if_failed()
+    failed = measure_ended(trainer, initial)
+    _commit(job, results, trainer, initial, rows)
+    if failed:
+        raise failed
     yield len(rows)
 
 
@@ -138,18 +160,12 @@ def _commit(
     trainer: StackTrainer,
     initial: Tensor,
     rows: Sequence[dict[str, Any]],
-    measured: _Measured,
 ) -> None:
     trial_id = job.trial.trial_id
     check(results, job.token)
     save_weights(results, trainer, initial)
-    epochs = [
-        {"model_id": model.model_id, "trial_id": trial_id, **epoch}
-        for model, outcome in zip(job.trial.models, trainer.outcomes, strict=True)
-        for epoch in outcome.epochs
-    ]
-    results.write("epochs", trial_id, epochs)
-    _write_measured(results, trial_id, measured)
+    results.write("epochs", trial_id, _rows(trainer, "epochs"))
+    _write_measured(results, trial_id, trainer)
     check(results, job.token)
     results.write("models", trial_id, rows, _arguments(job.trial))
     results.remove(results.state_file(trial_id))
@@ -163,34 +179,13 @@ def _measure_saved(job: Job, results: Results, trainer: StackTrainer) -> Generat
         results, job.trial, trainer.network, list(trainer.progress.buffers), trainer.device
     )
     yield 0
-    initial = _Initial(trainer.progress.params, _differing(job.trial, trainer.progress.params, hashes))
-    measured = _measure_weights(job.trial, trainer, rows, params, buffers, initial)
+    initial = trainer.progress.params
+    failed = measure_saved(trainer, rows, params, buffers, Initial(initial, _differing(job.trial, initial, hashes)))
     check(results, job.token)
-    _write_measured(results, f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", measured)
-    measured.raise_if_failed()
+    _write_measured(results, f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", trainer)
+    if failed:
+        raise failed
     yield len(rows)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Rows of the tables `sharpness` and `spectra`, and why some are missing, if they are."""
-
-    sharpness: Sequence[dict[str, Any]] = ()
-    spectra: Sequence[dict[str, Any]] = ()
-    failed: FlatminError | None = None
-
-    def raise_if_failed(self) -> None:
-        """Raise what a measure failed with, once the rest is written."""
-        if self.failed is not None:
-            raise self.failed
-
-
-@dataclass(frozen=True)
-class _Initial:
-    """The initial weights `[K, d]`, and by position those models whose are not what they were: why."""
-
-    params: Tensor
-    wrong: Mapping[int, str]
 
 
 def _differing(trial: Trial, params: Tensor, hashes: Sequence[str]) -> dict[int, str]:
@@ -203,107 +198,22 @@ def _differing(trial: Trial, params: Tensor, hashes: Sequence[str]) -> dict[int,
     }
 
 
-def _write_measured(results: Results, name: str, measured: _Measured) -> None:
+def _write_measured(results: Results, name: str, trainer: StackTrainer) -> None:
     """Write curves first: the rows of `sharpness` say that a measure is done."""
-    if measured.spectra:
-        results.write("spectra", name, measured.spectra)
-    results.write("sharpness", name, measured.sharpness)
+    spectra = _rows(trainer, "spectra")
+    if spectra:
+        results.write("spectra", name, spectra)
+    results.write("sharpness", name, _rows(trainer, "sharpness"))
 
 
-def _measure(trial: Trial, trainer: StackTrainer, rows: Sequence[Mapping[str, Any]], initial: Tensor) -> _Measured:
-    params = torch.stack([outcome.params for outcome in trainer.outcomes if outcome.params is not None])
-    buffers = buffers_of(trainer.outcomes, trainer.device)
-    return _measure_weights(trial, trainer, rows, params.to(trainer.device), buffers, _Initial(initial, {}))
-
-
-def _measure_weights(
-    trial: Trial,
-    trainer: StackTrainer,
-    rows: Sequence[Mapping[str, Any]],
-    params: Tensor,
-    buffers: Buffers,
-    initial: _Initial,
-) -> _Measured:
-    """Measure every model that has not diverged; where a model diverged there is no minimum to measure."""
-    kept = [k for k, row in enumerate(rows) if row["status"] != "diverged"]
-    if not kept or not trial.measures:
-        return _Measured()
-    index = torch.tensor(kept, device=trainer.device)
-    wrong = [reason for k, reason in initial.wrong.items() if k in kept]
-    measured, failed = Measured([], []), None
-    for train, population, measures in _at_hand(trainer.data.train, trial.measures):
-        make = partial(
-            Engine,
-            trainer.network,
-            params[index],
-            {name: buffer[index] for name, buffer in buffers.items()},
-            train.select(index).chunks(),
-            torch.tensor([stream_key("measure", trainer.recipes[k].seed) for k in kept], device=trainer.device),
-            initial=None if wrong else initial.params[index],
-            no_initial=wrong[0] if wrong else "",
-            loss=trainer.objective.of_example,
-            sets={name: split.select(index).chunks() for name, split in _other_sets(trainer).items()},
-            population=population,
-        )
-        taken = take(make, len(kept), measures)
-        measured = Measured([*measured.rows, *taken.measured.rows], [*measured.points, *taken.measured.points])
-        failed = taken.failed or failed
-    keys = [
-        {"model_id": trial.models[k].model_id, "trial_id": trial.trial_id, "epoch": rows[k]["epochs_run"]} for k in kept
-    ]
-    return _Measured(
-        [{**key, **row} for of_label in measured.rows for key, row in zip(keys, of_label, strict=True)],
-        [
-            {**key, **point}
-            for of_label in measured.points
-            for key, points in zip(keys, of_label, strict=True)
-            for point in points
-        ],
-        failed,
-    )
-
-
-def _at_hand(train: Split, measures: Sequence[str]) -> list[tuple[Split, int, list[str]]]:
-    """Return the examples that measures need at hand, of how many they stand for, and those measures.
-
-    That is the training set, or of a streamed one what `subset` asks for; one example for measures that look at none.
-    """
-    if not train.streamed:
-        return [(train, len(train), list(measures))]
-    sizes = {text: parse_label(text).common["subset"] for text in measures}
+def _rows(trainer: StackTrainer, table: str) -> list[dict[str, Any]]:
+    """Return what the outcomes of a trial's models hold for a table, with their ids."""
+    trial = trainer.trial
     return [
-        (train.part(size or 1), len(train) if size else 1, [text for text in measures if sizes[text] == size])
-        for size in dict.fromkeys(sizes.values())
+        {"model_id": model.model_id, "trial_id": trial.trial_id, **row}
+        for model, outcome in zip(trial.models, trainer.outcomes, strict=True)
+        for row in getattr(outcome, table)
     ]
-
-
-def _other_sets(trainer: StackTrainer) -> dict[str, Split]:
-    """Return the sets beside the training set that a measure can be asked of."""
-    sets = {"val": trainer.data.val, "test": trainer.data.test}
-    return {name: split for name, split in sets.items() if split is not None}
-
-
-def _check_measures(trial: Trial, trainer: StackTrainer) -> None:
-    """Refuse what could not be measured, before hours of training.
-
-    Raises:
-        RequestError: A measure is asked of a set that there is not, or needs what the task has not.
-    """
-    there = ["train", *_other_sets(trainer)]
-    for text in trial.measures:
-        check_measure(trainer.objective.task, text)
-        label = parse_label(text)
-        data = label.common["data"]
-        if data not in there:
-            raise RequestError(
-                f"'{text}': there is no '{data}' set; there are: {', '.join(there)}. Give `val_size` to hold one out"
-            )
-        of_weights = "data" in get("measure", label.measure).refuses
-        if trainer.data.train.streamed and not of_weights and (data != "train" or label.common["subset"] is None):
-            raise RequestError(
-                f"'{text}': the images of this data set are read from files, and a measure reads its examples hundreds "
-                "of times; give it a part of the training set that fits in memory, as subset=2000"
-            )
 
 
 def _models_row(trial: Trial, model: Model, started_at: datetime, execution: Mapping[str, Any]) -> dict[str, Any]:

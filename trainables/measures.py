@@ -1,104 +1,182 @@
-"""Measures of a trained stack: one that cannot be taken of a network is a row without a value, and costs no other.
+"""Measures of the models of a stack, at their ends and under way, as rows of their outcomes.
 
-What is refused (a `RequestError`: a path norm of a tanh network, say) would be refused again, so it counts as done: its
-row has no value, has not converged, and says why in its `settings`, `{"refused": "..."}`. What fails in another way is
-left out, so that it is taken again from the saved weights.
+One that cannot be taken of a network costs no other. What is refused (a `RequestError`: a path norm of a tanh network,
+say) would be refused again, so it counts as done: its row has no value, has not converged, and says why in its
+`settings`, `{"refused": "..."}`. What fails in another way is left out at the end of training, so that it is taken
+again from the saved weights. Under way, whose weights are not saved, it is a row without a value, `{"failed": "..."}`.
+
+A model's random vectors come from its seed and the measure alone. So they are the same at every epoch, and differences
+between epochs are paired.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from flatmin import plugins
 from flatmin.errors import FlatminError, RequestError
-from flatmin.labels import MeasureLabel, parse_label
-from flatmin.sharpness import Engine, Measured, measure_all
+from flatmin.labels import parse_label
+from flatmin.sharpness import Engine, measure_all, refused, row_without_value
+from flatmin.stack import stream_key
+from flatmin.stack.network import Buffers
+from flatmin.trainables.data import Split
+from flatmin.trainables.tasks import check_measure
+from flatmin.trainables.trainer import StackTrainer, buffers_of
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What became of measures.
+class Initial:
+    """The initial weights of a trial's models.
 
     Attributes:
-        measured: What was found, and what was refused.
-        failed: Why one of those that are not among it is not, or None.
+        params: The weights `[K, d]`.
+        wrong: By position, those models whose are not what they were: why.
     """
 
-    measured: Measured
-    failed: FlatminError | None = None
+    params: Tensor
+    wrong: Mapping[int, str] = field(default_factory=dict)
 
 
-def take(make: Callable[[], Engine], models: int, labels: Sequence[str]) -> Taken:
-    """Measure every model of a stack, whatever becomes of single measures.
+def measure_under_way(trainer: StackTrainer, initial: Tensor) -> None:
+    """Measure the models that are still training, if an epoch has ended after which the trial asks for it.
 
     Args:
-        make: Makes their engine.
-        models: How many there are.
-        labels: Measures as a person writes them.
+        trainer: Where they stand; the rows go to its outcomes.
+        initial: The initial weights of all models, `[K, d]`.
     """
-    parsed = [parse_label(text) for text in labels]
-    try:
-        engine = make()
-    except RequestError as error:
-        return Taken(Measured([_refused(label, error, models) for label in parsed], [[[]] * models for _ in parsed]))
-    whole, failed = Measured([], []), None
-    for group in _groups(parsed):
-        for label, found in _one_by_one(engine, group):
-            if isinstance(found, Measured):
-                whole = Measured([*whole.rows, *found.rows], [*whole.points, *found.points])
-            elif isinstance(found, RequestError):
-                whole = Measured([*whole.rows, _refused(label, found, models)], [*whole.points, [[]] * models])
-            else:
-                failed = found
-    return Taken(whole, failed)
+    now, every = trainer.progress, trainer.trial.measure_every
+    if every is None or now.step or now.epoch % every or not now.alive or not trainer.trial.measures:
+        return
+    epochs = [now.epoch] * len(now.alive)
+    failed = _measure(trainer, now.alive, epochs, now.params, now.buffers, Initial(initial))
+    for text, error in failed.items():
+        row = row_without_value(parse_label(text), failed=str(error))
+        for position in now.alive:
+            trainer.outcomes[position].sharpness.append({"epoch": now.epoch, **row})
 
 
-def _groups(labels: Sequence[MeasureLabel]) -> Iterator[list[MeasureLabel]]:
-    """Yield measures that share work only when they are taken together; those of the engine itself share it anyway."""
-    declared = plugins.get("subject", "subject").arguments
-    defaults = {name: argument.default for name, argument in declared.items()}
-    others: dict[str, list[MeasureLabel]] = {}
-    for label in labels:
-        if label.common == defaults:
-            yield [label]
+def measure_ended(trainer: StackTrainer, initial: Tensor) -> FlatminError | None:
+    """Measure every model that has not diverged, once all have ended; where one diverged there is no minimum.
+
+    Args:
+        trainer: Their ends; the rows go to its outcomes.
+        initial: The initial weights `[K, d]`.
+
+    Returns:
+        Why rows are missing, if some are.
+    """
+    ended = [outcome.params for outcome in trainer.outcomes if outcome.params is not None]
+    rows = [outcome.row for outcome in trainer.outcomes if outcome.row is not None]
+    buffers = buffers_of(trainer.outcomes, trainer.device)
+    return measure_saved(trainer, rows, torch.stack(ended).to(trainer.device), buffers, Initial(initial))
+
+
+def measure_saved(
+    trainer: StackTrainer, rows: Sequence[Mapping[str, Any]], params: Tensor, buffers: Buffers, initial: Initial
+) -> FlatminError | None:
+    """Measure every model of a trial that has not diverged, at the weights it ended with.
+
+    Args:
+        trainer: The program, the data, and the outcomes that the rows go to.
+        rows: The models' rows of the table `models`.
+        params: Their weights `[K, d]`.
+        buffers: Their stacked buffers.
+        initial: Their initial weights.
+
+    Returns:
+        Why rows are missing, if some are.
+    """
+    kept = [k for k, row in enumerate(rows) if row["status"] != "diverged"]
+    if not kept or not trainer.trial.measures:
+        return None
+    index = torch.tensor(kept, device=trainer.device)
+    own = {name: buffer[index] for name, buffer in buffers.items()}
+    failed = _measure(trainer, kept, [rows[k]["epochs_run"] for k in kept], params[index], own, initial)
+    return next(iter(failed.values()), None)
+
+
+def _measure(
+    trainer: StackTrainer,
+    positions: Sequence[int],
+    epochs: Sequence[int],
+    params: Tensor,
+    buffers: Buffers,
+    initial: Initial,
+) -> dict[str, FlatminError]:
+    """Add rows to the outcomes of some models, of which weights and buffers are given; return labels that failed."""
+    index = torch.tensor(positions, device=trainer.device)
+    wrong = [reason for k, reason in initial.wrong.items() if k in positions]
+    failed: dict[str, FlatminError] = {}
+    for train, population, labels in _at_hand(trainer.data.train, trainer.trial.measures):
+        keys = [stream_key("measure", trainer.recipes[k].seed) for k in positions]
+        try:
+            engine = Engine(
+                trainer.network,
+                params,
+                buffers,
+                train.select(index).chunks(),
+                torch.tensor(keys, device=trainer.device),
+                initial=None if wrong else initial.params[index],
+                no_initial=wrong[0] if wrong else "",
+                loss=trainer.objective.of_example,
+                sets={name: split.select(index).chunks() for name, split in _other_sets(trainer).items()},
+                population=population,
+            )
+        except RequestError as error:
+            found = refused(labels, len(positions), error)
         else:
-            others.setdefault(json.dumps(label.common, sort_keys=True), []).append(label)
-    yield from others.values()
+            found = measure_all(engine, labels, keep_going=True)
+        failed |= found.failed
+        for row, (position, epoch) in enumerate(zip(positions, epochs, strict=True)):
+            outcome = trainer.outcomes[position]
+            outcome.sharpness += [{"epoch": epoch, **of_label[row]} for of_label in found.rows]
+            outcome.spectra += [{"epoch": epoch, **point} for of_label in found.points for point in of_label[row]]
+    return failed
 
 
-def _one_by_one(
-    engine: Engine, group: Sequence[MeasureLabel]
-) -> Iterator[tuple[MeasureLabel, Measured | FlatminError]]:
-    """Yield what is found of a group at once, or, where that fails, of each of its measures."""
-    try:
-        found: Measured | FlatminError = measure_all(engine, [label.label for label in group])
-    except FlatminError as error:
-        found = error
-    if isinstance(found, Measured) or len(group) == 1:
-        yield group[0], found
-    else:
-        for label in group:
-            yield from _one_by_one(engine, [label])
+def _at_hand(train: Split, measures: Sequence[str]) -> list[tuple[Split, int, list[str]]]:
+    """Return the examples that measures need at hand, of how many they stand for, and those measures.
+
+    That is the training set, or of a streamed one what `subset` asks for; one example for measures that look at none.
+    """
+    if not train.streamed:
+        return [(train, len(train), list(measures))]
+    sizes = {text: parse_label(text).common["subset"] for text in measures}
+    return [
+        (train.part(size or 1), len(train) if size else 1, [text for text in measures if sizes[text] == size])
+        for size in dict.fromkeys(sizes.values())
+    ]
 
 
-def _refused(label: MeasureLabel, error: RequestError, models: int) -> list[dict[str, Any]]:
-    """Return the rows of a measure that cannot be taken."""
-    declared = plugins.get("subject", "subject").arguments
-    changed = {name: value for name, value in label.common.items() if value != declared[name].default}
-    reason = str(error).removeprefix(f"measure {label.label} failed: ")
-    row = {
-        "measure": label.measure,
-        "label": label.label,
-        "metric": label.arguments.get("metric"),
-        "seconds": 0.0,
-        "settings": json.dumps({**label.arguments, **changed, "refused": reason}, sort_keys=True),
-        "value": None,
-        "stderr": None,
-        "samples": 0,
-        "passes": 0.0,
-        "converged": False,
-    }
-    return [dict(row) for _ in range(models)]
+def _other_sets(trainer: StackTrainer) -> dict[str, Split]:
+    """Return the sets beside the training set that a measure can be asked of."""
+    sets = {"val": trainer.data.val, "test": trainer.data.test}
+    return {name: split for name, split in sets.items() if split is not None}
+
+
+def check_measures(trainer: StackTrainer) -> None:
+    """Refuse what could not be measured, before hours of training.
+
+    Raises:
+        RequestError: A measure is asked of a set that there is not, or needs what the task has not.
+    """
+    there = ["train", *_other_sets(trainer)]
+    for text in trainer.trial.measures:
+        check_measure(trainer.objective.task, text)
+        label = parse_label(text)
+        data = label.common["data"]
+        if data not in there:
+            raise RequestError(
+                f"'{text}': there is no '{data}' set; there are: {', '.join(there)}. Give `val_size` to hold one out"
+            )
+        of_weights = "data" in plugins.get("measure", label.measure).refuses
+        if trainer.data.train.streamed and not of_weights and (data != "train" or label.common["subset"] is None):
+            raise RequestError(
+                f"'{text}': the images of this data set are read from files, and a measure reads its examples hundreds "
+                "of times; give it a part of the training set that fits in memory, as subset=2000"
+            )

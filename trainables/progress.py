@@ -67,13 +67,15 @@ class Outcome:
     """What has become of one model so far; plain data, for the checkpoint and the tables.
 
     Attributes:
-        epochs: Its rows of the `epochs` table, without ids.
+        epochs, sharpness, spectra: Its rows of these tables, without ids.
         row: Its columns of the `models` table once it has ended, else None.
         params: Its weights once it has ended, `[d]`.
         buffers: Its buffers once it has ended.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    sharpness: list[dict[str, Any]] = field(default_factory=list)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
     row: dict[str, Any] | None = None
     params: Tensor | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)

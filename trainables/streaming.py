@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional
 
-from flatmin.errors import FlatminError
+from flatmin.errors import DataError
 from flatmin.stack.streams import bits_at
 
 CROPPED_WHILE_READ = "random_resized_crop_flip"
@@ -58,14 +58,14 @@ class Images:
         """Return views of one image, each uint8 `[3, 224, 224]`: its centre for None, a random part for a stream's key.
 
         Raises:
-            FlatminError: The file is no image, or damaged.
+            DataError: The file is no image, or damaged.
         """
         path = self._files[number].decode()
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise FlatminError(f"{path} cannot be read as an image: {error}; put a whole copy of it there") from None
+            raise DataError(f"{path} cannot be read as an image: {error}", "put a whole copy of it there") from None
         return [functional.pil_to_tensor(_centre(image) if key is None else _part(image, key, number)) for key in keys]
 
     def __getitem__(self, numbers: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def windows(images: Images, steps: Sequence[Tensor], keys: Sequence[int], device
         What the step needs.
 
     Raises:
-        FlatminError: A file cannot be read.
+        DataError: A file cannot be read.
     """
     # not "fork": the process has threads, of Ray and of CUDA. One server loads torch, and each worker is a fork of it
     context = multiprocessing.get_context("forkserver")
@@ -134,7 +134,7 @@ def windows(images: Images, steps: Sequence[Tensor], keys: Sequence[int], device
         multiprocessing_context=context,
     )
     for ids, read in zip(steps, loader, strict=True):
-        if isinstance(read, FlatminError):
+        if isinstance(read, DataError):
             raise read
         yield Window(ids.to(device), read.to(device, non_blocking=True), tuple(keys), len(images))
 
@@ -158,7 +158,7 @@ class _Reads(torch.utils.data.Dataset[Tensor]):
     def __init__(self, images: Images, keys: tuple[int, ...]) -> None:
         self.images, self.keys = images, keys
 
-    def __getitems__(self, ids: list[int]) -> Tensor | FlatminError:
+    def __getitems__(self, ids: list[int]) -> Tensor | DataError:
         views: dict[int, list[int]] = {}
         for place in ids:
             views.setdefault(place % len(self.images), []).append(place // len(self.images))
@@ -167,7 +167,7 @@ class _Reads(torch.utils.data.Dataset[Tensor]):
             for number, own in views.items():
                 images = self.images.read(number, [self.keys[view] for view in own] if self.keys else [None])
                 read.update({view * len(self.images) + number: image for view, image in zip(own, images, strict=True)})
-        except FlatminError as error:  # to be raised where it can be caught as what it is
+        except DataError as error:  # to be raised where it can be caught as what it is
             return error
         # a process that shares a short batch may have none of it
         return torch.stack([read[place] for place in ids]) if ids else torch.empty(0, *self.images.shape[1:]).byte()

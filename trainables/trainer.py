@@ -108,7 +108,7 @@ class StackTrainer:
             orders = torch.split(self._orders(), self.step_size, 1)
             left = orders[self.progress.step :]
             splits = self._data.train.steps(self.progress.epoch, [self._own(order) for order in left])
-            for order, (_, split) in zip(left, splits, strict=True):
+            for order, split in zip(left, splits, strict=True):
                 self._step(order, split)
                 self.progress.step += 1
                 started = self._account(started)
@@ -146,6 +146,8 @@ class StackTrainer:
         """Return each model's order of the training examples in this epoch, `[K, n]`."""
         seeds = [recipe.order_seed for recipe in self._recipes]
         n = len(self._data.train)
+        if not self.recipes[0].shuffle:
+            return torch.arange(n, device=self.device).repeat(len(seeds), 1)
         of_seed = {
             seed: permutation(stream_key("order", seed, self.progress.epoch), n) for seed in dict.fromkeys(seeds)
         }
@@ -184,7 +186,7 @@ class StackTrainer:
         step = Step(
             count=count,
             total=self._total,
-            lr_factor=self._lr_factor(),
+            lr_factor=now.params.new_tensor(self._lr_factors(now.step))[:, None],
             batches=len(batches),
             hessian=self._optimizer.composed.needs_hessian(count),
             streams=Streams(self._optimizer_keys, count),
@@ -208,13 +210,14 @@ class StackTrainer:
         now.params_before, now.buffers_before = before
         now.running = keep
 
-    def _lr_factor(self) -> Tensor:
-        factors = [recipe.lr_factor(self.progress.epoch) for recipe in self._recipes]
-        return torch.tensor(factors, dtype=self.progress.params.dtype, device=self.device)[:, None]
+    def _lr_factors(self, step: int) -> list[float]:
+        """Return what each model's learning rate is multiplied by in a step of this epoch."""
+        epoch, steps = self.progress.epoch, self.steps_per_epoch
+        return [recipe.lr_factor(epoch, step, steps) for recipe in self._recipes]
 
     def _end_epoch(self) -> None:
         now = self.progress
-        lr_factors = [recipe.lr_factor(now.epoch) for recipe in self._recipes]
+        lr_factors = self._lr_factors(now.step - 1)
         now.epoch, now.step = now.epoch + 1, 0
         running = now.running.tolist()
         due = [not runs or recipe.evaluates(now.epoch) for runs, recipe in zip(running, self._recipes, strict=True)]

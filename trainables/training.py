@@ -43,17 +43,26 @@ class Recipe:
     eval_every: int
     precision: str
     bn_updates: str
+    shuffle: bool
+    stand_in: bool
 
-    def lr_factor(self, epoch: int) -> float:
-        """Return what the learning rate is multiplied by in an epoch (counted from 0).
+    def lr_factor(self, epoch: int, step: int, steps: int) -> float:
+        """Return what the learning rate is multiplied by in a step (epochs and their steps are counted from 0).
 
         `step`: lr_decay once per milestone passed; `cosine`: from 1 down to 0 over `epochs`, one value
-        per epoch (Loshchilov and Hutter 2017, eq. 5, without restarts).
+        per epoch (Loshchilov and Hutter 2017, eq. 5, without restarts); `cosine_steps`: one value per step.
+
+        Args:
+            epoch: The epoch.
+            step: The step of that epoch.
+            steps: How many steps an epoch has.
         """
         if self.schedule == "step":
             return self.lr_decay ** sum(epoch >= milestone for milestone in self.milestones)
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+        if self.schedule == "cosine_steps":
+            return 0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (self.epochs * steps)))
         return 1.0
 
     def evaluates(self, epochs_done: int) -> bool:
@@ -82,8 +91,8 @@ def training(
     batch_size: Annotated[int, Setting(about="Examples in a step.", unit="examples", ge=1)] = 128,
     epochs: Annotated[int, Setting(about="Passes over the training set.", unit="epochs", ge=1, per_model=True)] = 100,
     schedule: Annotated[
-        Literal["constant", "step", "cosine"],
-        Setting(about="How the learning rate changes from epoch to epoch.", per_model=True),
+        Literal["constant", "step", "cosine", "cosine_steps"],
+        Setting(about="How the learning rate changes: from epoch to epoch, or with every step.", per_model=True),
     ] = "constant",
     milestones: Annotated[
         tuple[int, ...],
@@ -195,6 +204,16 @@ def training(
             neutral="once",
         ),
     ] = "once",
+    shuffle: Annotated[
+        bool,
+        Setting(about="Whether every epoch has an order of its own; else examples come as they lie.", neutral=True),
+    ] = True,
+    stand_in: Annotated[
+        bool,
+        Setting(
+            about="Read small generated files in the data set's own format, in place of the data set.", neutral=False
+        ),
+    ] = False,
 ) -> Recipe:
     """Return the recipe of one model."""
     return Recipe(
@@ -223,4 +242,6 @@ def training(
         eval_every=eval_every,
         precision=precision,
         bn_updates=bn_updates,
+        shuffle=shuffle,
+        stand_in=stand_in,
     )

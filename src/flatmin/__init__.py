@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from flatmin.orchestrator.plan import plan
     from flatmin.orchestrator.report import write_report as report
     from flatmin.orchestrator.runner import RunOptions
+    from flatmin.orchestrator.schema import study_schema as schema
     from flatmin.orchestrator.study import builtin_studies as studies
+    from flatmin.orchestrator.template import new_study as new
     from flatmin.results import Results
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "doctor",
     "launch",
     "measure",
+    "new",
     "plan",
     "query",
     "report",
+    "schema",
     "status",
     "studies",
 ]
@@ -48,9 +52,11 @@ _PLACES = {
     "doctor": ("flatmin.orchestrator.doctor", "doctor"),
     "launch": ("flatmin.orchestrator.launch", "launch"),
     "measure": ("flatmin.orchestrator.launch", "measure"),
+    "new": ("flatmin.orchestrator.template", "new_study"),
     "plan": ("flatmin.orchestrator.plan", "plan"),
     "query": ("flatmin.orchestrator.inspect", "query"),
     "report": ("flatmin.orchestrator.report", "write_report"),
+    "schema": ("flatmin.orchestrator.schema", "study_schema"),
     "status": ("flatmin.orchestrator.inspect", "status"),
     "studies": ("flatmin.orchestrator.study", "builtin_studies"),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,7 +82,7 @@ def listing(kind: str) -> dict[str, Plugin]:
     """Return every plug-in of a kind by name: the folder's files first, then entry points."""
     found = dict(_folder(kind))
     if kind in GROUPS:
-        for point in metadata.entry_points(group=GROUPS[kind]):
+        for point in _points(metadata.entry_points, GROUPS[kind], tuple(sys.path)):
             if point.name in found:
                 raise RequestError(
                     f"{kind} '{point.name}' is declared twice: by {found[point.name].module} and by {point.value}"
@@ -100,6 +101,14 @@ def get(kind: str, name: str) -> Plugin:
     if name not in plugins:
         raise RequestError(f"there is no {kind} '{name}'.{nearest(name, plugins)}")
     return plugins[name]
+
+
+@cache
+def _points(
+    scan: Callable[..., metadata.EntryPoints], group: str, path: tuple[str, ...]
+) -> tuple[metadata.EntryPoint, ...]:
+    """Return the entry points of a group on a path; a scan reads a file of every distribution that is installed."""
+    return tuple(scan(group=group))
 
 
 @cache

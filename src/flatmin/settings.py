@@ -96,9 +96,9 @@ class Argument:
                 return None
             if value is None:
                 raise ValueError(f"should be {self.type_name}")
-        numeric = self.annotation in (int, float)
-        if numeric and isinstance(value, bool):
-            raise ValueError(f"must be a number, not {str(value).lower()}")
+        wrong = [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, bool)]
+        if wrong and not {int, float}.isdisjoint((self.annotation, *get_args(self.annotation))):
+            raise ValueError(f"must be a number, not {str(wrong[0]).lower()}")
         if self.annotation is str and isinstance(value, int | float):
             value = str(value)
         try:
@@ -109,6 +109,13 @@ class Argument:
         if any(isinstance(number, int) and abs(number) >= 2**63 for number in numbers):
             raise ValueError("should fit in 64 bits")
         return result + 0.0 if isinstance(result, float) else result
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return the JSON Schema of the values it takes: type, bounds, choices; `none` is null or the text."""
+        schema = self._adapter.json_schema()
+        if type(None) in get_args(self.annotation):
+            schema["anyOf"].append({"const": "none"})
+        return schema
 
     @property
     def type_name(self) -> str:

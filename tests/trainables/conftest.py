@@ -12,6 +12,8 @@ Smallest = Callable[[str], tuple[tuple[int, ...], dict[str, Any]]]
 _SMALLEST: Mapping[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "lenet5": ((1, 16, 16), {}),
     "pyramidnet": ((1, 8, 8), {"depth": 8, "pyramid_alpha": 6}),
+    "resnet18": ((1, 8, 8), {"width": 2}),
+    "resnet18_imagenet": ((1, 8, 8), {"width": 2}),
     "resnet18_narrow": ((1, 8, 8), {"width": 1}),
     "resnet18_wide": ((1, 8, 8), {"width": 2}),
     "resnet50": ((1, 16, 16), {"width": 2}),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, functional
 
 from flatmin.stack import stream_key, uniform
-from flatmin.trainables.augmentation import cutout, transform_pixels
+from flatmin.trainables.augmentation import cutout, draws, transform_pixels
 
 KEYS = [stream_key("augmentation", 0, epoch) for epoch in range(3)]
 NUMBERS = torch.tensor([[3, 0, 7, 12, 1], [2, 5, 3, 0, 9], [3, 3, 8, 30, 11]])
@@ -48,10 +48,10 @@ def flipped(image: Tensor, u: list[float]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 7, 10)])
 def test_crops_and_flips_are_torchvisions(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, keys = images(3, 5, *shape, dtype=dtype), torch.tensor(KEYS)
-    assert torch.equal(transform_pixels(x, keys, NUMBERS, "crop_flip"), each(x, cropped))
-    assert torch.equal(transform_pixels(x, keys, NUMBERS, "flip"), each(x, flipped))
-    assert transform_pixels(x, keys, NUMBERS, "none") is x
+    x, drawn = images(3, 5, *shape, dtype=dtype), draws(torch.tensor(KEYS), NUMBERS)
+    assert torch.equal(transform_pixels(x, drawn, "crop_flip"), each(x, cropped))
+    assert torch.equal(transform_pixels(x, drawn, "flip"), each(x, flipped))
+    assert transform_pixels(x, drawn, "none") is x
 
 
 @pytest.mark.parametrize("augmentation", ["crop_flip_cutout", "autoaugment_cutout"])
@@ -67,14 +67,14 @@ def test_cutout_is_a_square_of_zeros(augmentation: str, size: int) -> None:
         return square
 
     expected = each(x, cut)
-    assert torch.equal(cutout(x.clone(), torch.tensor(KEYS), NUMBERS, augmentation, size), expected)
+    assert torch.equal(cutout(x.clone(), draws(torch.tensor(KEYS), NUMBERS), augmentation, size), expected)
     assert 0 < (expected == 0).double().mean() < 0.5
 
 
 def test_only_what_is_named_cutout_cuts() -> None:
     x = images(3, 5, 3, 8, 8, dtype=torch.float64)
     for augmentation in ("none", "flip", "crop_flip"):
-        assert torch.equal(cutout(x.clone(), torch.tensor(KEYS), NUMBERS, augmentation), x)
+        assert torch.equal(cutout(x.clone(), draws(torch.tensor(KEYS), NUMBERS), augmentation), x)
 
 
 def test_autoaugment_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,11 +84,11 @@ def test_autoaugment_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     n = 1500
     x, numbers, key = images(1, n, 3, 32, 32), torch.arange(n)[None], KEYS[0]
-    done = transform_pixels(x, torch.tensor([key]), numbers, "autoaugment_cutout")[0]
-    draws = uniform(key, (n, 11))
+    done = transform_pixels(x, draws(torch.tensor([key]), numbers), "autoaugment_cutout")[0]
+    drawn = uniform(key, (n, 11))
     torchvisions = AutoAugment(AutoAugmentPolicy.CIFAR10)
     seen, far = set(), Counter[tuple[str, str]]()
-    for image, u, result in zip(x[0], draws, done, strict=True):
+    for image, u, result in zip(x[0], drawn, done, strict=True):
         own = (int(u[3] * 25), u[4:6], (u[6:8] >= 0.5).long())
         seen.add((own[0], *own[2].tolist()))
         monkeypatch.setattr(torchvisions, "get_params", lambda _, own=own: own)
@@ -111,7 +111,7 @@ def assert_even(found: list[Hashable], values: set[Any]) -> None:
 def test_every_window_and_mirror_image_is_as_likely() -> None:
     n = 40_000
     places = torch.arange(1, 122, dtype=torch.int32).reshape(11, 11).expand(1, n, 1, 11, 11)
-    moved = transform_pixels(places, torch.tensor([KEYS[0]]), torch.arange(n)[None], "crop_flip")[0, :, 0]
+    moved = transform_pixels(places, draws(torch.tensor([KEYS[0]]), torch.arange(n)[None]), "crop_flip")[0, :, 0]
     row, column = (moved[:, 5, 5] - 1) // 11, (moved[:, 5, 5] - 1) % 11
     mirrored = moved[:, 5, 6] < moved[:, 5, 5]
     assert_even(
@@ -122,7 +122,8 @@ def test_every_window_and_mirror_image_is_as_likely() -> None:
 
 def test_every_square_is_as_likely_and_half_of_the_images_have_one() -> None:
     n = 40_000
-    left = cutout(torch.ones(1, n, 1, 8, 8), torch.tensor([KEYS[1]]), torch.arange(n)[None], "crop_flip_cutout", size=4)
+    drawn = draws(torch.tensor([KEYS[1]]), torch.arange(n)[None])
+    left = cutout(torch.ones(1, n, 1, 8, 8), drawn, "crop_flip_cutout", size=4)
     cut = (left[0, :, 0] == 0).flatten(1).any(1)
     assert abs(float(cut.double().mean()) - 0.5) < 5 * 0.5 / n**0.5
     squares = (left[0, cut, 0] == 0).double()
@@ -140,8 +141,8 @@ def test_an_image_depends_on_its_stream_and_number_alone(augmentation: str) -> N
     whole, keys = images(40, 3, 32, 32), torch.tensor(KEYS)
 
     def made(numbers: Tensor, keys: Tensor) -> Tensor:
-        x = transform_pixels(whole[numbers], keys, numbers, augmentation).double() + 1
-        return cutout(x, keys, numbers, augmentation)
+        drawn = draws(keys, numbers)
+        return cutout(transform_pixels(whole[numbers], drawn, augmentation).double() + 1, drawn, augmentation)
 
     together = made(NUMBERS, keys)
     shuffled, order = torch.tensor([2, 0, 1]), torch.tensor([4, 2, 0, 1, 3])
@@ -156,8 +157,8 @@ def test_a_gpu_changes_images_as_a_cpu_does() -> None:
     x = images(3, 5, 3, 32, 32)
 
     def made(device: str) -> Tensor:
-        keys, numbers = torch.tensor(KEYS, device=device), NUMBERS.to(device)
-        moved = transform_pixels(x.to(device), keys, numbers, "crop_flip_cutout").double() + 1
-        return cutout(moved, keys, numbers, "crop_flip_cutout").cpu()
+        drawn = draws(torch.tensor(KEYS, device=device), NUMBERS.to(device))
+        moved = transform_pixels(x.to(device), drawn, "crop_flip_cutout").double() + 1
+        return cutout(moved, drawn, "crop_flip_cutout").cpu()
 
     assert torch.equal(made("cuda"), made("cpu"))

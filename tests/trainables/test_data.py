@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flatmin.plugins import program_arguments
 from flatmin.stack import normal, permutation, stream_key
-from flatmin.trainables.augmentation import cutout, transform_pixels
+from flatmin.trainables.augmentation import cutout, draws, transform_pixels
 from flatmin.trainables.corruption import data_noise, noisy_labels
 from flatmin.trainables.data import stack_data
 from flatmin.trainables.dataset import Dataset, Task
@@ -182,7 +182,7 @@ def test_models_of_one_seed_share_images_and_noise(images: Dataset, monkeypatch:
     order = torch.stack([torch.arange(10) + 10 * (k // 4) for k in range(8)])
     alone = torch.cat([data(images, own).train.gather(order[k : k + 1]).x for k, own in enumerate(recipes)])
     monkeypatch.setattr("flatmin.trainables.inputs.data_noise", counted)
-    ((_, split),) = stack.train.steps(0, [order])
+    (split,) = stack.train.steps(0, [order])
     assert torch.equal(split.gather(order).x, alone)
     assert rows == [2]
     stack.train.between(0, 10)
@@ -193,8 +193,8 @@ def test_selecting_models_selects_all_that_is_theirs(images: Dataset) -> None:
     recipes = [recipe(seed=k, data_noise=0.1 * k, data_noise_clip=k == 2, batch_size=10) for k in range(3)]
     stack = data(images, *recipes)
     order = torch.arange(6).reshape(3, 2)
-    ((_, whole),) = stack.train.steps(0, [order])
-    ((_, chosen),) = stack.train.select(torch.tensor([2, 0])).steps(0, [order[[2, 0]]])
+    (whole,) = stack.train.steps(0, [order])
+    (chosen,) = stack.train.select(torch.tensor([2, 0])).steps(0, [order[[2, 0]]])
     assert torch.equal(chosen.gather(order[[2, 0]]).x, whole.gather(order).x[[2, 0]])
 
 
@@ -219,14 +219,14 @@ def test_training_images_are_augmented_in_the_documented_order(images: Dataset, 
     ]
     train = data(images, *recipes).train
     order = torch.stack([permutation(stream_key("order", seed, 2), 60)[:5] for seed in seeds])
-    ((_, split),) = train.steps(2, [order])
-    keys = torch.tensor([stream_key("augmentation", seed, 2) for seed in seeds])
+    (split,) = train.steps(2, [order])
+    drawn = draws(torch.tensor([stream_key("augmentation", seed, 2) for seed in seeds]), order)
     pixels = images.train_x[order]
     if sigma:
         z = torch.stack([normal(stream_key("data noise", seed), (60, 3, 6, 6)) for seed in seeds])
         pixels = pixels.double() + 255 * sigma * z[torch.arange(3)[:, None], order]
-    moved = transform_pixels(pixels, keys, order, "crop_flip_cutout").double()
-    expected = cutout(seen(images, moved / 255), keys, order, "crop_flip_cutout", 4)
+    moved = transform_pixels(pixels, drawn, "crop_flip_cutout").double()
+    expected = cutout(seen(images, moved / 255), drawn, "crop_flip_cutout", 4)
     made = split.gather(order).x
     torch.testing.assert_close(made, expected, rtol=0, atol=1e-12)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], train.gather(order).x[0])
@@ -241,7 +241,7 @@ def test_an_image_is_augmented_by_its_seed_epoch_and_number_alone(images: Datase
 
     def made(epoch: int, index: list[int], order: Tensor) -> Tensor:
         chosen = order[torch.tensor(index)]
-        ((_, split),) = train.select(torch.tensor(index)).steps(epoch, [chosen])
+        (split,) = train.select(torch.tensor(index)).steps(epoch, [chosen])
         parts = [split.gather(part).x for part in torch.split(chosen, 4, dim=1)]
         assert torch.equal(torch.cat(parts, dim=1), split.gather(chosen).x)
         first: Tensor = parts[0]
@@ -253,7 +253,7 @@ def test_an_image_is_augmented_by_its_seed_epoch_and_number_alone(images: Datase
     assert not torch.equal(made(1, [0], order), whole[:1])
     numbers = train.numbers[order[0]]
     fewer = data(images, replace(recipes[0], val_size=0)).train
-    ((_, split),) = fewer.steps(0, [numbers[None]])
+    (split,) = fewer.steps(0, [numbers[None]])
     assert torch.equal(split.gather(numbers[None]).x[0, :4], whole[0])
 
 

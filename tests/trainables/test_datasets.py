@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import pickle
 import shutil
-import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +13,21 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import pytest
-import scipy.io
 import torch
+from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN
 
 from flatmin.errors import DataError, MissingData, RequestError
 from flatmin.plugins import get, listing
 from flatmin.trainables.dataset import Dataset
+from flatmin.trainables.datasets.cifar import write_batch, write_pickle
 from flatmin.trainables.datasets.cifar10 import cifar10
 from flatmin.trainables.datasets.cifar100 import cifar100
-from flatmin.trainables.datasets.mnist import mnist
+from flatmin.trainables.datasets.mnist import mnist, write_idx
 from flatmin.trainables.datasets.sinusoids import sinusoids
-from flatmin.trainables.datasets.svhn import svhn
+from flatmin.trainables.datasets.svhn import svhn, write_mat
+from flatmin.trainables.images import each_pixel_statistics
+from flatmin.trainables.inputs import Inputs
 from flatmin.trainables.training import Augmentation
 
 Bytes = npt.NDArray[np.uint8]
@@ -41,7 +41,7 @@ def md5(file: Path) -> str:
     return hashlib.md5(file.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name", sorted(set(listing("dataset")) - {"digits", "sinusoids"}))
+@pytest.mark.parametrize("name", sorted(set(listing("dataset")) - {"digits", "quadratic", "sinusoids"}))
 def test_a_data_set_says_what_to_put_where(name: str, tmp_path: Path) -> None:
     """Nothing is written, and nothing downloaded."""
     folder = tmp_path / "data"
@@ -51,11 +51,6 @@ def test_a_data_set_says_what_to_put_where(name: str, tmp_path: Path) -> None:
 
 
 # MNIST
-
-
-def write_idx(file: Path, data: Bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(struct.pack(f">HBB{data.ndim}I", 0, 8, data.ndim, *data.shape) + data.tobytes())
 
 
 @pytest.fixture
@@ -83,6 +78,29 @@ def test_mnist(mnist_files: tuple[Path, dict[str, Bytes]]) -> None:
     assert dataset.classes == 10
     assert dataset.mean.flatten().tolist() == pytest.approx([0.1307])
     assert dataset.std.flatten().tolist() == pytest.approx([0.3081])
+
+
+def test_pixels_of_mnist_are_standardised_as_scikit_learn_does(mnist_files: tuple[Path, dict[str, Bytes]]) -> None:
+    """Raw values, over all training images; a pixel that never changes there is centred alone."""
+    root, data = mnist_files
+    train, test = (data[f"{part}-images-idx3-ubyte"] for part in ("train", "t10k"))
+    train[:, 3, 4] = 7
+    write_idx(root / "MNIST" / "raw" / "train-images-idx3-ubyte", train)
+    scaler = StandardScaler().fit(train.reshape(30, 784).astype(np.float64))
+    dataset = mnist(root, mnist_statistics="per_pixel")
+    inputs = Inputs.of(dataset.test_x, dataset, torch.device("cpu"), torch.float64)
+    expected = scaler.transform(test.reshape(20, 784).astype(np.float64))
+    found = inputs.normalised(dataset.test_x).flatten(1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert abs(expected[:, 3 * 28 + 4]).max() > 100  # the pixel that is centred alone
+
+
+def test_statistics_of_pixels_are_those_of_all_images() -> None:
+    """More images than are counted at once, against float64."""
+    x = torch.from_numpy(pixels(5000, 1, 2, 3))
+    mean, std = each_pixel_statistics(x)
+    torch.testing.assert_close(mean.double(), x.double().mean(dim=0) / 255, rtol=1e-6, atol=0)
+    torch.testing.assert_close(std.double(), x.double().std(dim=0, correction=0) / 255, rtol=1e-6, atol=0)
 
 
 def test_mnist_is_unpacked_from_its_archives(
@@ -157,23 +175,6 @@ def test_wrong_content_is_named(
 # CIFAR
 
 
-class Python2Pickler(pickle.Pickler):
-    """Writes arrays as numpy did in 2009: `align` of a data type is the number 0."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, np.dtype):
-            return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
-        return NotImplemented
-
-
-def write_batch(file: Path, entry: dict[str, Any]) -> None:
-    """Write a batch as it is distributed: protocol 2, numpy's modules under their old names."""
-    buffer = io.BytesIO()
-    Python2Pickler(buffer, protocol=2).dump(entry)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(buffer.getvalue().replace(b"numpy._core.", b"numpy.core."))
-
-
 class Cifar:
     """One of the two, written small."""
 
@@ -192,15 +193,11 @@ class Cifar:
         self.test_x, self.test_y = pixels(self.classes, 3072, seed=1), [*range(self.classes)]
         self.write(published.test_list[0][0], self.test_x, self.test_y)
         meta = {published.meta["key"]: [f"class {c}" for c in range(self.classes)]}
-        write_batch(self.folder / published.meta["filename"], meta)
+        write_pickle(self.folder / published.meta["filename"], meta)
         self.accept()
 
     def write(self, name: str, x: Bytes, y: list[int]) -> None:
-        fine = self.published is CIFAR100
-        labels = {"fine_labels": y, "coarse_labels": [label // 5 for label in y]} if fine else {"labels": y}
-        write_batch(
-            self.folder / name, {"batch_label": "a batch", "data": x, "filenames": ["x.png"] * len(y), **labels}
-        )
+        write_batch(self.folder / name, self.published, x, y)
 
     def accept(self) -> None:
         """Take what is written for what is published."""
@@ -289,8 +286,7 @@ def svhn_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, C
     def write(part: str, x: Bytes, y: Bytes) -> None:
         url, name, _ = SVHN.split_list[part]
         file = tmp_path / "SVHN" / name
-        file.parent.mkdir(exist_ok=True)
-        scipy.io.savemat(file, {"X": x, "y": y[:, None]}, do_compression=True)
+        write_mat(file, x.transpose(3, 0, 1, 2), y)
         monkeypatch.setattr(SVHN, "split_list", {**SVHN.split_list, part: [url, name, md5(file)]})
 
     for seed, (part, n) in enumerate({"train": 30, "test": 20, "extra": 10}.items()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from flatmin.errors import DataError
 from flatmin.trainables.datasets.hc18 import hc18
+from flatmin.trainables.datasets.hc18 import write_files as write_hc18
 from flatmin.trainables.datasets.tiny_imagenet import tiny_imagenet
+from flatmin.trainables.datasets.tiny_imagenet import write_files as write_tiny_imagenet
 
 
 def pixels(*shape: int, seed: int = 0) -> npt.NDArray[np.uint8]:
@@ -31,21 +32,16 @@ WNIDS = ["n02124075", "n01443537", "n04067472"]
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """Return a data folder with a TinyImageNet of three classes; the first image of each is grey."""
-    folder = tmp_path / "tiny-imagenet-200"
+    train: dict[str, list[Image.Image]] = {}
     for c, wnid in enumerate(WNIDS):
-        images = folder / "train" / wnid / "images"
-        images.mkdir(parents=True)
-        for number in range(3):
-            image = Image.fromarray(pixels(64, 64, 3, seed=10 * c + number))
-            (image.convert("L") if number == 0 else image).save(images / f"{wnid}_{number}.JPEG", quality=95)
-        (images.parent / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t62\t62\n")
-    (folder / "val" / "images").mkdir(parents=True)
-    lines = []
-    for number, wnid in enumerate([WNIDS[1], WNIDS[2], WNIDS[0], WNIDS[1]]):
-        Image.fromarray(pixels(64, 64, 3, seed=50 + number)).save(folder / "val" / "images" / f"val_{number}.JPEG")
-        lines.append(f"val_{number}.JPEG\t{wnid}\t0\t32\t44\t62\n")
-    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    (folder / "wnids.txt").write_text("\n".join(WNIDS))
+        images = [Image.fromarray(pixels(64, 64, 3, seed=10 * c + number)) for number in range(3)]
+        train[wnid] = [images[0].convert("L"), *images[1:]]
+    val = [WNIDS[1], WNIDS[2], WNIDS[0], WNIDS[1]]
+    write_tiny_imagenet(
+        tmp_path / "tiny-imagenet-200",
+        train,
+        [(wnid, Image.fromarray(pixels(64, 64, 3, seed=50 + number))) for number, wnid in enumerate(val)],
+    )
     return tmp_path
 
 
@@ -130,18 +126,13 @@ def ellipse(image: Image.Image, box: tuple[int, int, int, int]) -> None:
 @pytest.fixture
 def hc18_files(tmp_path: Path) -> Path:
     """Return a data folder with ten images of seven fetuses, 400 x 300, each with an ellipse."""
-    folder = tmp_path / "HC18" / "training_set"
-    folder.mkdir(parents=True)
     names = [f"00{fetus}_HC.png" for fetus in range(7)] + ["002_2HC.png", "002_3HC.png", "005_2HC.png"]
+    images = {}
     for seed, name in enumerate(names):
-        Image.fromarray(pixels(300, 400, seed=seed) // 2 + 40).save(folder / name)
         contour = Image.new("L", (400, 300))
         ellipse(contour, (60 + seed, 50, 300, 220))
-        contour.save(folder / name.replace(".png", "_Annotation.png"))
-    with (folder.parent / "training_set_pixel_size_and_HC.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["filename", "pixel size(mm)", "head circumference (mm)"])
-        rows.writerows([name, PIXEL, 100.0] for name in names)
+        images[name] = Image.fromarray(pixels(300, 400, seed=seed) // 2 + 40), contour
+    write_hc18(tmp_path / "HC18", images, PIXEL)
     return tmp_path
 
 

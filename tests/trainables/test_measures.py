@@ -58,11 +58,13 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "unusual_plugins", raising=False)
     groups = {"flatmin.networks": ["smooth", "mixing"], "flatmin.measures": ["moody"]}
-    monkeypatch.setattr(
-        metadata,
-        "entry_points",
-        lambda group: [metadata.EntryPoint(name, f"unusual_plugins:{name}", group) for name in groups.get(group, [])],
-    )
+    installed = metadata.entry_points
+
+    def entry_points(*, group: str | None = None) -> Any:
+        own = [metadata.EntryPoint(name, f"unusual_plugins:{name}", str(group)) for name in groups.get(str(group), [])]
+        return own or (installed() if group is None else installed(group=group))
+
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
     return file.with_suffix(".broken")
 
 

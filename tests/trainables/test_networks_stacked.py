@@ -22,7 +22,6 @@ from flatmin.trainables.trainer import StackTrainer, network_builder
 from flatmin.trial import Execution, Model, Trial
 
 Smallest = Callable[[str], tuple[tuple[int, ...], dict[str, Any]]]
-MILLIONS = {"resnet18", "resnet18_imagenet"}
 EXAMPLES, BATCH, STEPS = 32, 8, 3
 
 
@@ -90,17 +89,11 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-9, msg=f"{name} differs")
 
 
-@pytest.mark.parametrize(
-    ("name", "vectorize"),
-    [
-        pytest.param(name, how, marks=[pytest.mark.slow] if name in MILLIONS else [])
-        for name in sorted(listing("network"))
-        for how in ("vmap", "loop")
-    ],
-)
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("name", sorted(listing("network")))
 def test_a_stack_trains_as_its_models_alone_and_as_a_plain_loop(name: str, vectorize: Any, smallest: Smallest) -> None:
     shape, settings = smallest(name)
-    dataset, models = dataset_of(shape, pixels=name == "unet"), models_of(name, settings, 2 if name in MILLIONS else 3)
+    dataset, models = dataset_of(shape, pixels=name == "unet"), models_of(name, settings)
     together = stacked(models, dataset, vectorize)
     assert_same(together[1], stacked([models[1]], dataset, vectorize)[0])
     for ours, one in zip(together, models, strict=True):

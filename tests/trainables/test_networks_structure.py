@@ -173,6 +173,18 @@ def test_resnets_compute_what_torchvisions_do(name: str, theirs: Callable[[], nn
         torch.testing.assert_close(left, right, rtol=0, atol=1e-10)
 
 
+def test_resnet18_imagenet_starts_from_torchvisions_weights() -> None:
+    """Names and values: seeds and checkpoints from before it had a width hold."""
+    states = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        states.append(get("network", "resnet18_imagenet").load()((3, 8, 8), 10).state_dict())
+        torch.manual_seed(0)
+        states.append(torchvision.models.resnet18(num_classes=10).state_dict())
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_resnet101_has_the_tensors_of_torchvisions() -> None:
     with torch.device("meta"):
         ours = get("network", "resnet101").load()((3, 32, 32), 10)

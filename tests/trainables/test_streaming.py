@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
-from flatmin.errors import FlatminError, RequestError
+from flatmin.errors import DataError, RequestError
 from flatmin.lease import Lease
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
@@ -26,8 +27,8 @@ from flatmin.results import Results
 from flatmin.stack import stream_key, uniform
 from flatmin.trainables.data import StackData, stack_data
 from flatmin.trainables.dataset import Dataset
-from flatmin.trainables.datasets.imagenet import MEAN, STD, imagenet
-from flatmin.trainables.job import load_dataset, run
+from flatmin.trainables.datasets.imagenet import MEAN, STD, imagenet, write_tree
+from flatmin.trainables.job import run
 from flatmin.trainables.streaming import Images, _Reads, random_window
 from flatmin.trainables.training import training
 from flatmin.trial import Job
@@ -41,14 +42,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a data folder with a tiny ImageNet: two classes of three training images and one validation image."""
     root = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
-    for wnid in ("n01440764", "n02102040"):
-        for part, modes in (("train", SIZES), ("val", {"RGB": (224, 224)})):
-            folder = root / "imagenet" / part / wnid
-            folder.mkdir(parents=True)
-            for number, (mode, (width, height)) in enumerate(modes.items()):
-                coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, len(mode)), dtype=np.uint8)
-                image = Image.frombytes(mode, coarse.shape[1::-1], coarse.tobytes())
-                image.resize((width, height)).save(folder / f"{wnid}_{number}.JPEG")
+    for part, modes in (("train", SIZES), ("val", {"RGB": (224, 224)})):
+        images: dict[str, list[Image.Image]] = {"n01440764": [], "n02102040": []}
+        for own, (mode, (width, height)) in product(images.values(), modes.items()):
+            coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, len(mode)), dtype=np.uint8)
+            own.append(Image.frombytes(mode, coarse.shape[1::-1], coarse.tobytes()).resize((width, height)))
+        write_tree(root / "imagenet" / part, images)
     return root
 
 
@@ -84,7 +83,7 @@ def test_a_streamed_set_trains_and_evaluates_as_a_resident_one(root: Path) -> No
     for own in (dataset, resident):
         data = stack(own, label_noise=0.5, data_noise=0.2, val_size=1)
         assert data.train.streamed is (own is dataset)
-        steps = [split.gather(order) for order, split in data.train.steps(3, orders)]
+        steps = [split.gather(order) for order, split in zip(orders, data.train.steps(3, orders), strict=True)]
         assert data.val is not None
         batches.append([*steps, *data.train.chunks(), *data.val.chunks(), *data.test.chunks()])
     for one, other in zip(*batches, strict=True):
@@ -99,7 +98,7 @@ def test_random_parts_are_torchvisions_of_the_same_window(root: Path) -> None:
     def pixels(epoch: int, rows: list[int], order: Tensor = order) -> Tensor:
         data = stack(dataset, augmentation="random_resized_crop_flip")
         index = torch.tensor(rows)
-        ((_, split),) = data.train.select(index).steps(epoch, [order[index]])
+        (split,) = data.train.select(index).steps(epoch, [order[index]])
         mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (MEAN, STD))
         return (split.gather(order[index]).x * std + mean) * 255
 
@@ -152,21 +151,21 @@ def test_a_bad_file_is_named_wherever_it_is_read(root: Path, damage: Callable[[b
     bad.write_bytes(damage(bad.read_bytes()))
     data = stack(imagenet(tmp_path))
     order = torch.tensor([[0, 4], [0, 4], [4, 1]])
-    with pytest.raises(FlatminError, match=f"^{re.escape(str(bad))} cannot be read as an image"):
+    with pytest.raises(DataError, match=f"^{re.escape(str(bad))} cannot be read as an image"):
         list(data.train.steps(0, [order]))
-    with pytest.raises(FlatminError, match=f"^{re.escape(str(bad))} cannot be read as an image"):
+    with pytest.raises(DataError, match=f"^{re.escape(str(bad))} cannot be read as an image"):
         data.train.gather(order)
 
 
 def test_missing_folders_say_what_goes_where(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FlatminError, match=r"ImageNet is not at .*imagenet.*ILSVRC2012_img_train.tar"):
+    with pytest.raises(DataError, match=r"ImageNet is not at .*imagenet.*ILSVRC2012_img_train.tar"):
         imagenet(tmp_path)
     shutil.copytree(root / "imagenet", tmp_path / "imagenet")
     shutil.rmtree(tmp_path / "imagenet" / "val" / "n02102040")
-    with pytest.raises(FlatminError, match=r"train and val differ in 1 class folders, n02102040"):
+    with pytest.raises(DataError, match=r"train and val differ in 1 class folders, n02102040"):
         imagenet(tmp_path)
     (tmp_path / "imagenet" / "val" / "n02102040").mkdir()
-    with pytest.raises(FlatminError, match=r"val/n02102040 has no images"):
+    with pytest.raises(DataError, match=r"val/n02102040 has no images"):
         imagenet(tmp_path)
 
 
@@ -210,13 +209,9 @@ def test_a_trial_trains_and_measures_what_it_streams(tmp_path: Path, monkeypatch
     monkeypatch.setenv("FLATMIN_DATA", str(tmp_path))
     random = np.random.default_rng(1)
     for part, count in (("train", 40), ("val", 3)):
-        for wnid in ("n01440764", "n02102040"):
-            folder = tmp_path / "imagenet" / part / wnid
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((60, 50)).save(folder / f"{number}.JPEG")
-    load_dataset.cache_clear()
+        images = [Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(2 * count)]
+        small = [image.resize((60, 50)) for image in images]
+        write_tree(tmp_path / "imagenet" / part, {"n01440764": small[:count], "n02102040": small[count:]})
     with pytest.raises(RequestError, match="'lpf': the images of this data set are read from files"):
         carried_out(tmp_path, tmp_path, "lpf")
     shutil.rmtree(tmp_path / "results")
@@ -228,7 +223,6 @@ def test_a_trial_trains_and_measures_what_it_streams(tmp_path: Path, monkeypatch
     assert len(measured) == 4
     entropies = [row for (name, _), row in measured.items() if name == "shannon_entropy"]
     assert all(0 < row["value"] < np.log(2) and row["stderr"] > 0 for row in entropies)
-    load_dataset.cache_clear()
 
 
 def test_no_images_are_an_empty_batch() -> None:

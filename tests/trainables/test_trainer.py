@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,7 +91,7 @@ def eight_models(optimizer: str) -> list[Model]:
             "seed": k // 2,
             "label_noise": 0.1 * k,
             "data_noise": 0.05 * (k % 3),
-            "schedule": ("constant", "step", "cosine")[k % 3],
+            "schedule": ("constant", "step", "cosine", "cosine_steps")[k % 4],
             "milestones": (3, 6 + k),
             "lr_decay": 0.5,
             "optimizer": optimizer,
@@ -162,9 +163,15 @@ def plain_loop(one: Model, dataset: Dataset, build: Callable[[], nn.Module], ste
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(recipe.milestones), recipe.lr_decay)
     elif recipe.schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
+    per_step: Any = None
+    if recipe.schedule == "cosine_steps":
+        total = recipe.epochs * math.ceil(len(x) / recipe.batch_size)
+        per_step = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     done, epoch = 0, 0
     while True:
         order = permutation(stream_key("order", recipe.order_seed, epoch), len(x))
+        if not recipe.shuffle:
+            order = torch.arange(len(x))
         for step, index in enumerate(torch.split(order, recipe.batch_size)):
             key = Streams(torch.tensor([stream_key("training", recipe.order_seed)]), epoch * len(x) + step).keys[0]
             for dropout in dropouts:
@@ -174,6 +181,8 @@ def plain_loop(one: Model, dataset: Dataset, build: Callable[[], nn.Module], ste
             if settings["optimizer"].startswith("sam"):
                 sam_second_pass(network, x[index], y[index], settings["rho"])
             optimizer.step()
+            if per_step is not None:
+                per_step.step()
             done += 1
             if done == steps:
                 return network
@@ -322,3 +331,22 @@ def test_converged_means_the_training_loss_in_eval_mode(dataset: Dataset) -> Non
     assert outcome.row["train_loss"] == pytest.approx(float(loss), abs=1e-12)
     assert outcome.row["status"] == "converged"
     assert outcome.row["epochs_run"] % 100 != 0
+
+
+def test_the_learning_rate_of_the_table_is_that_of_the_last_step(dataset: Dataset) -> None:
+    """Four steps in each of three epochs; a cosine by steps comes to 0 one step after the last."""
+    models = [model(lr=0.2, epochs=3, eval_every=1, schedule=schedule) for schedule in ("cosine", "cosine_steps")]
+    trainer = StackTrainer(Trial("s", tuple(models)), dataset, BUILDERS["mlp"], Execution())
+    list(trainer.train())
+    by_epoch, by_step = ([row["lr"] for row in outcome.epochs] for outcome in trainer.outcomes)
+    assert by_epoch == pytest.approx([0.2, 0.15, 0.05], rel=1e-12)
+    assert by_step == pytest.approx([0.1 * (1 + math.cos(math.pi * t / 12)) for t in (3, 7, 11)], rel=1e-12)
+
+
+def test_without_shuffling_examples_come_as_they_lie(dataset: Dataset) -> None:
+    one = model(shuffle=False, seed=2)
+    ours = trained([one], dataset, BUILDERS["mlp"], STEPS)
+    expected = nn.utils.parameters_to_vector(plain_loop(one, dataset, BUILDERS["mlp"], STEPS).parameters())
+    torch.testing.assert_close(ours.progress.params[0], expected.detach(), rtol=0, atol=1e-9)
+    shuffled = trained([model(seed=2)], dataset, BUILDERS["mlp"], STEPS)
+    assert not torch.allclose(ours.progress.params, shuffled.progress.params, atol=1e-3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR100
 
 from flatmin.trainables.dataset import Dataset
-from flatmin.trainables.datasets.cifar import PixelStatistics, read_cifar
+from flatmin.trainables.datasets.cifar import PixelStatistics, read_cifar, write_cifar
 
 
 def cifar100(root: Path, *, pixel_statistics: PixelStatistics = "lpf") -> Dataset:
@@ -24,3 +24,8 @@ def cifar100(root: Path, *, pixel_statistics: PixelStatistics = "lpf") -> Datase
         DataError: The files are not there, or damaged.
     """
     return read_cifar("cifar100", CIFAR100, root, pixel_statistics, 169_001_437, 100)
+
+
+def write_stand_in(root: Path) -> None:
+    """Write 300 training and 100 test images of scikit-learn's digits, enlarged and coloured."""
+    write_cifar(root, CIFAR100, 100)

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from flatmin.settings import Setting
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.downloads import Download, Source, kept, provide
 from flatmin.trainables.images import decoded
+from flatmin.trainables.stand_ins_images import head_ultrasound
 
 SPACING, SIZE = 0.35, 256
 """Millimetres per pixel, and pixels, after resampling."""
@@ -171,3 +174,27 @@ def _resampled(image: Array, pixel: float) -> Array:
         rows = (1 - part) * image[low] + part * image[np.minimum(low + 1, last)]
         image = np.where(place[:, None] <= last + 0.5, rows, 0).T
     return image
+
+
+def write_stand_in(root: Path) -> None:
+    """Write 30 drawn ultrasounds of 25 fetuses."""
+    names = [f"{fetus:03}_HC.png" for fetus in range(25)] + [f"{fetus:03}_2HC.png" for fetus in range(5)]
+    write_files(root / "HC18", {name: head_ultrasound(seed) for seed, name in enumerate(names)}, 0.25)
+
+
+def write_files(folder: Path, images: Mapping[str, tuple[Image.Image, Image.Image]], pixel: float) -> None:
+    """Write images as the files of HC18.
+
+    Args:
+        folder: Where they go.
+        images: The grey image and the contour of the head, by name.
+        pixel: Millimetres per pixel.
+    """
+    (folder / "training_set").mkdir(parents=True)
+    for name, (image, contour) in images.items():
+        image.save(folder / "training_set" / name)
+        contour.save(folder / "training_set" / name.replace(".png", "_Annotation.png"))
+    with (folder / _TABLE).open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filename", "pixel size(mm)", "head circumference (mm)"])
+        rows.writerows([name, pixel, 100.0] for name in images)

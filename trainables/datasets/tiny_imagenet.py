@@ -8,15 +8,18 @@ channels. PIL's JPEG decoder decides the last bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flatmin.errors import DataError
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.downloads import Download, Source, kept, provide
 from flatmin.trainables.images import Labelled, decoded, labelled_images, rgb
+from flatmin.trainables.stand_ins_images import coloured_digits
 
 FOLDER = "tiny-imagenet-200"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,3 +105,40 @@ def _read(part: str, files: list[tuple[Path, int]], mend: str) -> dict[str, Tens
     for place, (file, _) in enumerate(files):
         x[place] = rgb(decoded(file, ("RGB", "L"), mend, size=(64, 64)))
     return {f"{part}_x": x, f"{part}_y": torch.tensor([label for _, label in files])}
+
+
+def write_stand_in(root: Path) -> None:
+    """Write 400 training and 200 validation images of scikit-learn's digits in 20 colours, a class each."""
+    wnids = [f"n{number:08}" for number in range(1, 201)]
+    parts = []
+    for each, first in ((2, 0), (1, 40)):
+        x, y = coloured_digits(200, each, 64, first=first)
+        parts.append([(wnids[c], Image.fromarray(image)) for image, c in zip(x, y, strict=True)])
+    train = {wnid: [image for own, image in parts[0] if own == wnid] for wnid in wnids}
+    write_files(root / FOLDER, train, parts[1])
+
+
+def write_files(
+    folder: Path, train: Mapping[str, Sequence[Image.Image]], val: Sequence[tuple[str, Image.Image]]
+) -> None:
+    """Write images of 64 x 64 as the files of TinyImageNet.
+
+    Args:
+        folder: Where they go.
+        train: The training images of each class, by its WordNet id.
+        val: The class and the image of each validation example.
+    """
+    for wnid, images in train.items():
+        place = folder / "train" / wnid
+        (place / "images").mkdir(parents=True)
+        names = [f"{wnid}_{number}.JPEG" for number in range(len(images))]
+        for name, image in zip(names, images, strict=True):
+            image.save(place / "images" / name, quality=95)
+        (place / f"{wnid}_boxes.txt").write_text("".join(f"{name}\t0\t0\t63\t63\n" for name in names))
+    (folder / "val" / "images").mkdir(parents=True)
+    lines = []
+    for number, (wnid, image) in enumerate(val):
+        image.save(folder / "val" / "images" / f"val_{number}.JPEG", quality=95)
+        lines.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    (folder / "wnids.txt").write_text("\n".join(train))

@@ -6,11 +6,9 @@ PyTorch's default initialisation. Source: Bisla et al. 2022 (LPF-SGD), who call 
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import nn
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Dropout
 from flatmin.trainables.networks.parts import image_channels
 
 
@@ -18,9 +16,7 @@ def lenet(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    dropout: Annotated[
-        float, Setting(about="Probability of dropping a hidden unit.", unit="probability", ge=0, lt=1)
-    ] = 0.5,
+    dropout: Dropout = 0.5,
 ) -> nn.Module:
     """Build the convolutional network of PyTorch's MNIST example.
 

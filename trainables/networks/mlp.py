@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
 
 from torch import nn
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Depth, Dropout, Width
 
 
 def mlp(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 64,
-    depth: Annotated[int, Setting(about="Hidden layers.", unit="layers", ge=1)] = 1,
-    dropout: Annotated[
-        float, Setting(about="Probability of dropping a hidden unit.", unit="probability", ge=0, lt=1)
-    ] = 0.0,
+    width: Width = 64,
+    depth: Depth = 1,
+    dropout: Dropout = 0.0,
 ) -> nn.Module:
     """Build an MLP of `depth` hidden layers of `width` units each.
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Depth
 from flatmin.trainables.networks.parts import blocks_per_stage, image_channels, kaiming_fan_out
 
 _STEM = 16
@@ -28,9 +29,7 @@ def pyramidnet(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    depth: Annotated[
-        int, Setting(about="Layers of the network's name: PyramidNet-110 has 110.", unit="layers", ge=1)
-    ] = 110,
+    depth: Depth = 110,
     pyramid_alpha: Annotated[
         int, Setting(about="What all blocks of a PyramidNet add to the 16 of the stem.", unit="channels", ge=0)
     ] = 270,

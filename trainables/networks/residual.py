@@ -34,16 +34,34 @@ def residual_network(
         blocks: How many there are in each stage.
         width: Channels of the stem and of the first stage's 3 x 3 convolutions.
     """
-    layers = [conv3x3(image_channels(network, input_shape), width), nn.BatchNorm2d(width), nn.ReLU()]
+    stem = [conv3x3(image_channels(network, input_shape), width), nn.BatchNorm2d(width), nn.ReLU()]
+    stages = residual_stages(block, blocks, width)
+    outputs = width * 2 ** (len(blocks) - 1) * block.expansion
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(outputs, classes)]
+    return nn.Sequential(*stem, *(layer for stage in stages for layer in stage), *tail)
+
+
+def residual_stages(
+    block: type[BasicBlock] | type[Bottleneck], blocks: Sequence[int], width: int
+) -> list[list[nn.Module]]:
+    """Return the blocks of every stage.
+
+    Args:
+        block: What they are built of.
+        blocks: How many there are in each stage.
+        width: Channels of what enters, and of the first stage's 3 x 3 convolutions.
+    """
+    stages: list[list[nn.Module]] = []
     inputs = width
     for stage, count in enumerate(blocks):
         channels = width * 2**stage
         outputs = channels * block.expansion
+        stages.append([])
         for number in range(count):
             stride = 2 if stage > 0 and number == 0 else 1
             shortcut = None
             if stride != 1 or inputs != outputs:
                 shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
-            layers.append(block(inputs, channels, stride, shortcut))
+            stages[-1].append(block(inputs, channels, stride, shortcut))
             inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+    return stages

@@ -6,12 +6,10 @@ Source: He et al. 2016, in the variant of Liu Kuang (the 3 x 3 convolution strid
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Width
 from flatmin.trainables.networks.residual import residual_network
 
 
@@ -19,7 +17,7 @@ def resnet101(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 64,
+    width: Width = 64,
 ) -> nn.Module:
     """Build ResNet-101 for small images.
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from flatmin.trainables.networks.arguments import LaterWidth
 from flatmin.trainables.networks.residual import residual_network
 
 
-def resnet18(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+def resnet18(input_shape: tuple[int, ...], classes: int, *, width: LaterWidth = 64) -> nn.Module:
     """Build ResNet-18 for small images.
 
     Args:
         input_shape: `(channels, height, width)` of one example.
         classes: Number of outputs.
+        width: Channels of the first stage; 64 as published.
     """
-    return residual_network("resnet18", input_shape, classes, BasicBlock, (2, 2, 2, 2), 64)
+    return residual_network("resnet18", input_shape, classes, BasicBlock, (2, 2, 2, 2), width)

@@ -11,6 +11,7 @@ from typing import Annotated
 from torch import Tensor, nn
 
 from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Width
 from flatmin.trainables.networks.parts import image_channels
 
 
@@ -45,7 +46,7 @@ def resnet18_narrow(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 4,
+    width: Width = 4,
     batch_norm: Annotated[bool, Setting(about="Whether convolutions are followed by BatchNorm.")] = True,
     skip: Annotated[bool, Setting(about="Whether blocks have skip connections.")] = True,
 ) -> nn.Module:

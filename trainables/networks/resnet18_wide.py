@@ -6,12 +6,10 @@ in front of the convolutions. See `flatmin.trainables.networks.residual`.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Width
 from flatmin.trainables.networks.residual import residual_network
 
 
@@ -19,7 +17,7 @@ def resnet18_wide(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 64,
+    width: Width = 64,
 ) -> nn.Module:
     """Build ResNet-18 for small images, with `width` channels in its first stage.
 

@@ -18,15 +18,13 @@ that shakes is the gradient of no function. Measures are taken in eval mode, whe
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import conv1x1, conv3x3
 
 from flatmin.errors import RequestError
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Depth, Width
 from flatmin.trainables.networks.parts import blocks_per_stage, image_channels, kaiming_fan_out
 
 
@@ -34,8 +32,8 @@ def shake_shake(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    depth: Annotated[int, Setting(about="Layers of the network's name: 26 2x96d has 26.", unit="layers", ge=1)] = 26,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 96,
+    depth: Depth = 26,
+    width: Width = 96,
 ) -> nn.Module:
     """Build a Shake-Shake network; each path of the first stage has `width` channels.
 

@@ -13,12 +13,10 @@ transposed convolution after their ReLU.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Width
 from flatmin.trainables.networks.parts import image_channels
 
 _HALVINGS = 5
@@ -28,7 +26,7 @@ def unet(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 64,
+    width: Width = 64,
 ) -> nn.Module:
     """Build a U-Net, from `[b, channels, height, width]` to `[b, classes, height, width]`.
 

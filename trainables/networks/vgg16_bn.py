@@ -8,11 +8,9 @@ before the hidden layer. Source: Simonyan and Zisserman 2015; the form of the Op
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import nn
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Width
 from flatmin.trainables.networks.parts import image_channels
 
 
@@ -20,7 +18,7 @@ def vgg16_bn(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 64,
+    width: Width = 64,
 ) -> nn.Module:
     """Build VGG-16 with BatchNorm for small images.
 

@@ -8,12 +8,10 @@ initialised from N(0, 2 / fan-out), the biases of the classes are zero. Source: 
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor, nn
 from torchvision.models.resnet import conv1x1, conv3x3
 
-from flatmin.settings import Setting
+from flatmin.trainables.networks.arguments import Depth, Dropout, Width
 from flatmin.trainables.networks.parts import blocks_per_stage, image_channels, kaiming_fan_out
 
 
@@ -21,11 +19,9 @@ def wideresnet(
     input_shape: tuple[int, ...],
     classes: int,
     *,
-    depth: Annotated[int, Setting(about="Layers of the network's name: WRN-28-10 has 28.", unit="layers", ge=1)] = 28,
-    width: Annotated[int, Setting(about="Size of the network: units, or channels, of a layer.", ge=1)] = 10,
-    dropout: Annotated[
-        float, Setting(about="Probability of dropping a hidden unit.", unit="probability", ge=0, lt=1)
-    ] = 0.0,
+    depth: Depth = 28,
+    width: Width = 10,
+    dropout: Dropout = 0.0,
 ) -> nn.Module:
     """Build a Wide ResNet; the first stage has 16 x `width` channels.
 
