@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from flatmin.analysis import frames, page, sections
+from flatmin.analysis import frames, page, published, sections
 from flatmin.analysis.correlation import Correlations, correlate
+from flatmin.analysis.tuned import tuned
 from flatmin.errors import RequestError
 
 _LISTED = ("status", "epochs_run", "train_loss", "train_acc", "test_loss", "test_acc", "gen_gap", "seconds")
@@ -59,7 +61,8 @@ def report(
     epochs = pd.DataFrame() if epochs is None else epochs
     sharpness = pd.DataFrame() if sharpness is None else sharpness
     result, reason = _correlations(models, sharpness, target)
-    shown, left = sections.figures(models, epochs, sharpness, result, target=target, spectra=spectra)
+    compared = published.compare(models, sharpness, epochs)
+    shown, left = sections.figures(models, epochs, sharpness, result, target=target, spectra=spectra, compared=compared)
     facts = _execution(models)
     body = "\n".join(
         [
@@ -69,6 +72,8 @@ def report(
             "<main>",
             *[_figure(section) for section in shown],
             _left_out(left),
+            _published(compared, models),
+            _tuned(models),
             _correlation_table(result, reason),
             _model_table(models, sharpness),
             _settings(study, models),
@@ -203,6 +208,72 @@ def _correlation_table(result: Correlations | None, reason: str) -> str:
     notes += [f"{note}." for note in result.notes]
     note = f'<p class="note">{page.text(" ".join(notes))}</p>'
     return f"{heading}{page.table(header, rows, kind='numbers')}{note}</section>"
+
+
+def _published(compared: pd.DataFrame, models: pd.DataFrame) -> str:
+    """The published numbers with ours, where the study has any; nothing else."""
+    heading = f'<section id="published"><h2>{page.text(sections.PUBLISHED)}</h2>'
+    if published.small_twin(models):
+        return f"{heading}<p>Small twin: not comparable with the published numbers.</p></section>"
+    if compared.empty:
+        return ""
+    known = compared[compared["ours"].notna()]
+    notes: dict[str, int] = {}
+    rows = [_published_row(row, notes) for row in known.to_dict("records")]
+    header = [
+        "quantity",
+        "settings",
+        "as printed",
+        "theirs",
+        "n",
+        "ours",
+        "sd",
+        "n",
+        "ours − theirs",
+        "standard errors",
+    ]
+    table = page.table([*header, "notes"], rows) if rows else ""
+    listed = "".join(f"<li>{page.text(note)}</li>" for note in notes)
+    said = "Accuracies are fractions, losses nats; sd is a sample deviation over models."
+    reasons = compared.loc[compared["ours"].isna(), "missing"].value_counts()
+    rest = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+    said += f" Published numbers without one of ours: {rest}." if rest else ""
+    return f'{heading}{table}<p class="note">{page.text(said)}</p><ol class="note">{listed}</ol></section>'
+
+
+def _published_row(row: Mapping[Hashable, Any], notes: dict[str, int]) -> tuple[object, ...]:
+    """One row of the table; what is said of it gets the number that it has in `notes`, or the next one."""
+    said = filter(None, [*row["conventions"].split("; "), row["source"]])
+    error = row["standard_errors"]
+    return (
+        row["quantity"] if frames.is_null(row["epoch"]) else f"{row['quantity']}, epoch {row['epoch']}",
+        published.in_words(row["settings"]),
+        row["printed"],
+        row["value"],
+        row["n"],
+        row["ours"],
+        row["ours_sd"],
+        row["ours_n"],
+        row["difference"],
+        None if frames.is_null(error) else f"{error:+.1f}",
+        ", ".join(str(notes.setdefault(note, len(notes) + 1)) for note in said),
+    )
+
+
+def _tuned(models: pd.DataFrame) -> str:
+    """Every optimizer at the point that held-out examples choose, where there is something to choose; else nothing."""
+    chosen = tuned(models)
+    if chosen.empty:
+        return ""
+    note = (
+        "Of the points of each optimizer, the one with the highest mean val_acc over seeds; of equal ones the lower "
+        "val_loss. test_acc is its mean over n seeds, test_se the standard error. The test set chooses nothing."
+    )
+    if chosen["points"].nunique() > 1:
+        note += " The budgets are not equal: some optimizers have other numbers of points."
+    table = page.table(list(chosen.columns), chosen.itertuples(index=False), kind="numbers")
+    heading = '<section id="tuned"><h2>Optimizers at an equal budget</h2>'
+    return f'{heading}{table}<p class="note">{page.text(note)}</p></section>'
 
 
 def _model_table(models: pd.DataFrame, sharpness: pd.DataFrame) -> str:

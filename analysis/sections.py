@@ -11,7 +11,16 @@ import plotly.graph_objects as go
 
 from flatmin.analysis import curves, frames, peak
 from flatmin.analysis.correlation import Correlations
-from flatmin.analysis.figures import against_axis, correlations, density, scatter, surface, theme, training
+from flatmin.analysis.figures import (
+    against_axis,
+    correlations,
+    density,
+    published,
+    scatter,
+    surface,
+    theme,
+    training,
+)
 
 MAIN_AXES = ("width", "label_noise", "data_noise")
 """The settings that a study most likely is about, in this order."""
@@ -21,6 +30,13 @@ FEWEST_VALUES = 5
 
 MOST_LABELS = 4
 """Measures of one kind of curve that are drawn; the others are named."""
+
+
+PUBLISHED = "Beside the published numbers"
+"""The heading of the figure, and of its table."""
+
+NEAR = 2.0
+"""Standard errors up to which a finding calls a difference small."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,7 @@ def figures(
     *,
     target: str,
     spectra: pd.DataFrame | None = None,
+    compared: pd.DataFrame | None = None,
 ) -> tuple[list[Section], list[Left]]:
     """Make every figure that fits, in reading order.
 
@@ -108,6 +125,7 @@ def figures(
         result: The correlations, or None where there are none.
         target: The column that measures are compared with.
         spectra: Rows of the `spectra/` table; None or empty leave its figures out without a word.
+        compared: What `published.compare` returned; None or empty leave its figure out without a word.
 
     Returns:
         The figures, and those left out with the reason.
@@ -120,6 +138,7 @@ def figures(
         ("Rank correlation", lambda: _correlations(result)),
         *(_curves(spectra, models, target) if spectra is not None and len(spectra) else ()),
         ("Training curves", lambda: _training(epochs, models)),
+        *([(PUBLISHED, lambda: _published(compared))] if compared is not None and len(compared) else ()),
     ]
     for heading, make in makers:
         made = make()
@@ -280,3 +299,24 @@ def _training(epochs: pd.DataFrame, models: pd.DataFrame) -> Section | str:
         "rises and falls again while the training error only falls."
     )
     return Section("training", "Training curves", caption, training.draw(data), data)
+
+
+def _published(compared: pd.DataFrame) -> Section | str:
+    data = published.data(compared)
+    if data.empty:
+        return "no published number has a counterpart in these results."
+    errors = compared["standard_errors"].dropna().abs()
+    near = int((errors <= NEAR).sum())
+    finding = (
+        f"{near} of {len(errors)} published numbers whose error is known lie within {NEAR:g} standard errors of ours."
+    )
+    caption = (
+        "One point per published number; on the dotted line ours is equal. Bars: one standard error (of the "
+        "difference, where that is drawn), where n and spread are known. Ours: mean over seeds of models converged or "
+        "finished, the same quantity as theirs: best epoch beside best epoch, last beside last. The table below says "
+        "what differs."
+    )
+    drawn = min(published.MOST_PANELS, data["panel"].nunique())
+    if drawn < data["panel"].nunique():
+        caption += f" Of {data['panel'].nunique()} quantities, {drawn} are drawn."
+    return Section("published", PUBLISHED, caption, published.draw(data), data, (finding,) if len(errors) else ())

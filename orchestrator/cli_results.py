@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flatmin.orchestrator.terminal import JsonOption, ResultsOption, print_table, short
+from flatmin.orchestrator.terminal import JsonOption, ResultsOption, print_table
 
 
 def status(results: ResultsOption, as_json: JsonOption = False) -> None:
@@ -29,7 +29,9 @@ def status(results: ResultsOption, as_json: JsonOption = False) -> None:
 
 
 def query(
-    sql: Annotated[str, typer.Argument(metavar="SQL", help="A query over the tables and the view wide.")],
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help="A query over the tables and the views wide and published.")
+    ],
     results: ResultsOption,
     output_format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format")] = "table",
 ) -> None:
@@ -50,17 +52,21 @@ def query(
 
 def correlate(
     table: Annotated[
-        str, typer.Argument(metavar="TABLE_OR_RESULTS", help="A CSV or Parquet file, or a results directory.")
+        str, typer.Argument(metavar="TABLE_OR_RESULTS", help="A CSV, TSV or Parquet file, or a results directory.")
     ],
     target: Annotated[str, typer.Option(help="What the measures should predict.")] = "gen_gap",
     axes: Annotated[str | None, typer.Option(help="Settings that tell configurations apart.")] = None,
     measures: Annotated[str | None, typer.Option(help="Columns or labels to correlate.")] = None,
     seed_column: Annotated[str, typer.Option(help="The column that tells runs of a configuration apart.")] = "seed",
+    row_filter: Annotated[str | None, typer.Option("--filter", help="Models that count: 'train_loss <= 0.01'.")] = None,
+    test_examples: Annotated[
+        int | None, typer.Option(help="Test examples behind the target: the sign error leaves out chance.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Rank-correlate measures with a target, over any table of models."""
+    """Correlate measures with a target, over any table of models: docs/statistics.md."""
     from flatmin.labels import split_list
-    from flatmin.orchestrator.correlate import correlate_table
+    from flatmin.orchestrator.correlate import correlate_table, print_correlations
 
     found = correlate_table(
         table,
@@ -68,15 +74,15 @@ def correlate(
         axes=None if axes is None else split_list(axes),
         measures=None if measures is None else split_list(measures),
         seed_column=seed_column,
+        filter=row_filter,
+        test_examples=test_examples,
     )
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
-        return
-    keys = ["tau", "tau_low", "tau_high", "n", "n_configs", "tau_rows", "spearman", "pearson"]
-    rows = [[name, *(short(getattr(values, key)) for key in keys)] for name, values in found.measures.items()]
-    print_table(["measure", *keys], rows)
-    axes_used = ", ".join(found.axes) or "none"
-    print(f"target {found.target}; axes {axes_used}; n {found.n}; dropped {dict(found.dropped)}")
+    else:
+        print_correlations(found)
 
 
 def report(

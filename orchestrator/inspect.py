@@ -91,7 +91,7 @@ def _used_up(results: Results, max_failures: int) -> set[str]:
 
 
 def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
-    """Run SQL over a study's tables and the view `wide`.
+    """Run SQL over a study's tables and the views `wide` and `published`.
 
     Raises:
         RequestError: There is no such directory, or the SQL is wrong; the tables and views there are, are named.
@@ -103,6 +103,7 @@ def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
         for name in TABLES:
             connection.register(name, _with_settings(results, name))
         connection.register("wide", wide(results))
+        connection.register("published", published())
         if not duckdb.extract_statements(sql):
             raise RequestError("the query is empty; write SQL, such as SELECT * FROM wide")
         frame: pd.DataFrame = connection.execute(sql).df()
@@ -110,10 +111,17 @@ def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
     except duckdb.Error as error:
         message = str(error).strip().splitlines()[0]
         raise RequestError(
-            f"{message}\nTables: {', '.join(TABLES)}, and the view wide.{_columns_hint(results, message)}"
+            f"{message}\nTables: {', '.join(TABLES)}, and the views wide, published.{_columns_hint(results, message)}"
         ) from None
     finally:
         connection.close()
+
+
+def published() -> pa.Table:
+    """Return the published numbers of all studies, whatever the results are of."""
+    from flatmin.analysis.published import published as numbers
+
+    return pa.Table.from_pandas(numbers(), preserve_index=False)
 
 
 def _with_settings(results: Results, name: str) -> pa.Table:
