@@ -13,7 +13,7 @@ from rich.console import Console
 
 from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestWarning
 from flatmin.orchestrator.cli_results import correlate, query, report, status
-from flatmin.orchestrator.cli_studies import plan, studies
+from flatmin.orchestrator.cli_studies import new, plan, schema, studies
 from flatmin.orchestrator.terminal import (
     JsonOption,
     Overrides,
@@ -22,6 +22,8 @@ from flatmin.orchestrator.terminal import (
     StackOption,
     StudyArgument,
     WithSettings,
+    YesOption,
+    at_most,
     count,
     print_table,
     seconds_of,
@@ -33,6 +35,7 @@ def launch(
     results: ResultsOption,
     overrides: Overrides = None,
     small: SmallOption = False,
+    yes: YesOption = False,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join; a private one otherwise.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="Run in this process, without Ray.")] = False,
     cpus_per_trial: Annotated[float | None, typer.Option(min=0.01, help="Cores of one trial.")] = None,
@@ -79,7 +82,7 @@ def launch(
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        done = run(study, results, overrides or [], options, console, small=small)
+        done = run(study, results, overrides or [], options, console, small=small, at_most=at_most(yes))
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is kept, run the same command to go on", highlight=False)
         raise typer.Exit(130) from None
@@ -143,7 +146,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (studies, plan, launch, status, query, measure, correlate, report, doctor):
+for command in (studies, new, schema, plan, launch, status, query, measure, correlate, report, doctor):
     app.command(cls=WithSettings if command in (plan, launch) else None)(command)
 
 

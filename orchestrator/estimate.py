@@ -1,33 +1,33 @@
 """What a plan will cost: device time and disk, from the arithmetic of its networks.
 
-A rough figure, made before anything has run: the constants below were read off one laptop-class core.
+A rough figure, made before anything has run; `flatmin.orchestrator.calibrate` makes a better one.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from flatmin.errors import RequestError, RequestWarning
+from flatmin.orchestrator.grid import NAMES
+from flatmin.orchestrator.rates import makespan, predicted_rates, trial_seconds
+from flatmin.orchestrator.study_file import Resources
+from flatmin.plugins import program_arguments
 from flatmin.trial import Trial
-
-STEP_SECONDS = 1.2e-3
-"""Time of a gradient that no arithmetic explains: launching operations, gathering the batch."""
-
-FLOPS = 8e9
-"""Floating-point operations per second of one core on small matrices."""
-
-PASSES_PER_MEASURE = 150
-"""Passes over the data, in forward passes, that a measure takes on average."""
 
 EPOCH_ROW_BYTES, MODEL_ROW_BYTES = 60, 4000
 """Parquet bytes of one evaluated epoch, and of all else that is written for a model."""
+
+
+_CHECKED = frozenset({"data_noise", "label_noise", "label_smoothing"})
+"""Settings of single models that a data set may refuse."""
 
 
 @dataclass(frozen=True)
@@ -35,34 +35,94 @@ class Estimate:
     """The cost of trials.
 
     Attributes:
-        seconds: Device seconds of each trial, in order; None where the data set is not here to look at.
+        seconds: Device seconds expected of each trial, in order; None where the data set is not here to look at.
         bytes: Disk bytes of all trials, or None.
+        wall: Seconds by the clock, or None.
+        concurrency: With so many trials at a time.
+        basis: What it rests on, as the end of a sentence.
         problem: Why there is no figure, or empty.
+        low, high: Between which the sum of the seconds is expected; None where nothing was measured.
     """
 
     seconds: tuple[float | None, ...]
     bytes: int | None
+    wall: float | None
+    concurrency: int
+    basis: str
     problem: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def total(self) -> float | None:
+        """Device seconds of all trials, or None."""
+        return None if self.problem else sum(second or 0.0 for second in self.seconds)
 
 
-def estimate(trials: Sequence[Trial]) -> Estimate:
-    """Estimate what trials cost.
+def estimate(trials: Sequence[Trial], resources: Resources | None = None, concurrency: int | None = None) -> Estimate:
+    """Estimate what trials cost if every model trains all its epochs, from counts of operations on a CPU.
+
+    Args:
+        trials: The trials.
+        resources: What each of them is given.
+        concurrency: Trials at a time; as many as this machine has CPUs for when None.
 
     Raises:
         RequestError: A trial cannot be trained: the data cannot be split like that, or a batch cannot.
     """
-    costs = program_costs([{**trial.program, "measures": trial.measures} for trial in trials])
+    costs = trial_costs(trials)
+    problem = next((cost["error"] for cost in costs if "error" in cost), "")
+    seconds = tuple(
+        None if "error" in cost else trial_seconds(trial, cost, predicted_rates(trial, cost), all_epochs(trial))
+        for trial, cost in zip(trials, costs, strict=True)
+    )
+    sizes = [trial_bytes(trial, cost) for trial, cost in zip(trials, costs, strict=True) if "error" not in cost]
+    assumed = next((f"; {cost['assumed']}" for cost in costs if cost.get("assumed")), "")
+    concurrency = concurrency or max(1, int(cpus() / (resources or Resources()).cpus_per_trial))
+    return Estimate(
+        seconds,
+        None if problem else sum(sizes),
+        None if problem else makespan([second or 0.0 for second in seconds], concurrency),
+        concurrency,
+        f"from counts of operations, on CPU cores, if every model trains all its epochs{assumed}",
+        problem,
+    )
+
+
+def cpus() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def trial_costs(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return `flatmin.trainables.cost.cost` of the program of every trial; what a person should know is warned of.
+
+    Raises:
+        RequestError: A trial cannot be trained.
+    """
+    keys = [_what_counts(trial) for trial in trials]
+    distinct = {key: {**trial.program, "measures": trial.measures} for key, trial in zip(keys, trials, strict=True)}
+    found = dict(zip(distinct, program_costs(list(distinct.values())), strict=True))
+    costs = [found[key] for key in keys]
     for cost in costs:
         if "refused" in cost:
             raise RequestError(cost["refused"])
-    problem = next((cost["error"] for cost in costs if "error" in cost), "")
-    seconds = tuple(
-        None if "error" in cost else trial_seconds(trial, cost) for trial, cost in zip(trials, costs, strict=True)
-    )
-    sizes = [trial_bytes(trial, cost) for trial, cost in zip(trials, costs, strict=True) if "error" not in cost]
     for note in dict.fromkeys(note for cost in costs for note in cost.get("notes", ())):
         warnings.warn(note, RequestWarning, stacklevel=2)
-    return Estimate(seconds, sum(sizes) if not problem else None, problem)
+    return costs
+
+
+def _what_counts(trial: Trial) -> str:
+    """Return what of a trial its cost depends on: all but the settings of single models, corruption excepted."""
+    names = tuple((name, str(trial.program[name])) for name in NAMES)
+    seen = {name: value for name, value in trial.program.items() if name not in _of_models(names)}
+    return json.dumps([seen, trial.measures])
+
+
+@cache
+def _of_models(names: tuple[tuple[str, str], ...]) -> frozenset[str]:
+    arguments = program_arguments(dict(names))
+    return frozenset(name for name, argument in arguments.items() if argument.setting.per_model) - _CHECKED
 
 
 def program_costs(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -88,16 +148,9 @@ def program_costs(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     return costs
 
 
-def trial_seconds(trial: Trial, cost: Mapping[str, Any]) -> float:
-    """Return the device seconds of a trial whose network costs that much."""
-    epochs = max(model.settings["epochs"] for model in trial.models)
-    steps = epochs * math.ceil(cost["train_size"] / trial.program["batch_size"]) * cost["gradients"]
-    work = len(trial.models) * cost["flops"]
-    evaluations = epochs / trial.program["eval_every"] * (cost["train_size"] + cost["test_size"])
-    examples = 3 * epochs * cost["train_size"] * cost["gradients"] + evaluations
-    measuring = PASSES_PER_MEASURE * len(trial.measures) * cost["train_size"]
-    seconds: float = steps * STEP_SECONDS + work * (examples + measuring) / FLOPS
-    return seconds
+def all_epochs(trial: Trial) -> list[int]:
+    """Return the epochs that each model trains if none ends early."""
+    return [model.settings["epochs"] for model in trial.models]
 
 
 def trial_bytes(trial: Trial, cost: Mapping[str, Any]) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from typing import Any
 
 from flatmin import plugins
 from flatmin.errors import RequestError, nearest
-from flatmin.orchestrator.document import Place
+from flatmin.orchestrator.document import Place, shown
 from flatmin.orchestrator.study_file import StudyFile
 from flatmin.settings import REQUIRED, Argument, model_id
 from flatmin.trial import Model
@@ -20,25 +21,41 @@ NAMES = ("dataset", "network", "optimizer")
 SEEDS = ("init_seed", "order_seed", "noise_seed")
 """Seeds of single streams; each is `seed` unless given."""
 
+MOST_MODELS = 1_000_000
+"""A study of more models is refused unless it is said that it is meant: a slip in an axis makes billions."""
+
 Where = Callable[[Sequence[str | int]], str]
 """Names the place of a field for messages."""
 
 
 @dataclass
 class Expansion:
-    """The models of a study by id, in grid order, and the declaration of every setting that some of them take."""
+    """The models of a study, in grid order, and the declaration of every setting that some of them take.
+
+    Attributes:
+        models: Each once, by id.
+        measures: By the same ids, what is measured of each, as written.
+        arguments: The declarations, by name.
+    """
 
     models: dict[str, Model] = field(default_factory=dict)
+    measures: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arguments: dict[str, Argument] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """One grid of a study, and where each of its fields stands."""
+    """One grid of a study, what is measured of its models, and where each of its fields stands."""
 
     settings: Mapping[str, Any]
     axes: Mapping[str, Sequence[Any]]
+    measures: Sequence[str]
     places: Mapping[str, Place]
+
+    @property
+    def size(self) -> int:
+        """The number of points, known before they are made."""
+        return prod(len(values) for values in self.axes.values())
 
     def points(self) -> Iterator[dict[str, Any]]:
         for values in product(*self.axes.values()):
@@ -46,10 +63,12 @@ class _Grid:
 
 
 def _grids(file: StudyFile) -> Iterator[_Grid]:
-    seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
+    seeds: Sequence[int] = range(file.seeds) if isinstance(file.seeds, int) else file.seeds
     cases = [((), file)] if not file.cases else [(("cases", index), case) for index, case in enumerate(file.cases)]
     for prefix, case in cases:
-        settings, axes, places = dict(file.settings), dict(file.axes), {}
+        settings, places = dict(file.settings), {}
+        axes: dict[str, Sequence[Any]] = dict(file.axes)
+        own = case.measures
         for owner, grid in (((), file), (prefix, case)):
             for name, value in grid.settings.items():
                 axes.pop(name, None) if owner else None
@@ -57,27 +76,54 @@ def _grids(file: StudyFile) -> Iterator[_Grid]:
             for name, values in grid.axes.items():
                 settings.pop(name, None) if owner else None
                 axes[name], places[name] = values, (*owner, "axes", name)
-        if "seed" not in axes and ("seed" not in settings or len(seeds) > 1):
-            settings.pop("seed", None)
+        if "seed" not in axes and "seed" not in settings:
             axes["seed"] = seeds
             places["seed"] = ("seeds",)
-        yield _Grid(settings, axes, places)
+        yield _Grid(settings, axes, file.measures if own is None else own, places)
 
 
-def expand(file: StudyFile, where: Where, problems: list[str]) -> Expansion:
+def _contradictions(file: StudyFile, where: Where) -> Iterator[str]:
+    """Yield what is said twice in one place; what a case says in place of the whole study is no contradiction."""
+    for prefix, grid in ((), file), *((("cases", index), case) for index, case in enumerate(file.cases)):
+        for name in sorted(set(grid.settings) & set(grid.axes)):
+            yield f"{where((*prefix, 'axes', name))}: is both a setting and an axis here; leave one of them out"
+    own = "settings" if "seed" in file.settings else "axes"
+    if "seed" in {*file.settings, *file.axes} and file.seeds not in (1, [0]):
+        yield f"{where((own, 'seed'))}: there is also seeds: {shown(file.seeds)}; leave one of them out"
+
+
+def _too_many(grids: Sequence[_Grid], where: Where, at_most: int | None) -> Iterator[str]:
+    """Yield what there is to say of a study with more than `at_most` models, before they are multiplied out."""
+    models = sum(grid.size for grid in grids)
+    if at_most is not None and models > at_most:
+        largest = max(grids, key=lambda grid: grid.size)
+        product_of = " x ".join(f"{len(values):,} {name}" for name, values in largest.axes.items() if len(values) > 1)
+        longest = largest.places[max(largest.axes, key=lambda name: len(largest.axes[name]))]
+        which = ", most in the case of " if len(grids) > 1 else ": "
+        yield (
+            f"{where(longest)}: {models:,} models{which}{product_of}; more than {at_most:,} are taken for a slip. "
+            "If you mean it: --yes, or at_most=None in Python"
+        )
+
+
+def expand(file: StudyFile, where: Where, problems: list[str], at_most: int | None = MOST_MODELS) -> Expansion:
     """Multiply a study out.
 
     Args:
         file: The study, overrides applied.
         where: Names the places of its fields.
         problems: What is wrong with it is added here, a line each.
+        at_most: More models are refused, before the first is made; None: any number.
     """
     expansion = Expansion()
+    problems.extend(_contradictions(file, where))
     grids = list(_grids(file))
+    too_many = list(_too_many(grids, where, at_most))
+    if too_many:
+        problems.extend(too_many)
+        return expansion
     everywhere = _known(grids)
     for grid in grids:
-        both = sorted(set(grid.settings) & set(grid.axes))
-        problems.extend(f"{where(grid.places[name])}: is both a setting and an axis" for name in both)
         before = len(problems)
         checkers = {
             key: _Checker(arguments, grid, where, problems)
@@ -97,6 +143,8 @@ def expand(file: StudyFile, where: Where, problems: list[str]) -> Expansion:
             if checker and settings:
                 identity = model_id(settings, checker.arguments)
                 expansion.models.setdefault(identity, Model(identity, settings))
+                asked = (*expansion.measures.get(identity, ()), *grid.measures)
+                expansion.measures[identity] = tuple(dict.fromkeys(asked))
                 expansion.arguments.update(checker.arguments)
     return expansion
 
@@ -128,7 +176,7 @@ def _programs(grid: _Grid, where: Where, problems: list[str]) -> dict[tuple[Any,
                 plugins.program_arguments({name: value})
                 valid.add((name, value))
             except RequestError as error:
-                problems.append(f"{where(grid.places[name])}: {value!r}: {error}")
+                problems.append(f"{where(grid.places[name])}: {shown(value)}: {error}")
         values = [value for value in values if isinstance(value, str)]
         choices.append([(name, value) for value in values])
     return {
@@ -174,5 +222,9 @@ class _Checker:
                 self.seen[key] = argument.canonical(value)
             except ValueError as error:
                 self.seen[key] = REQUIRED
-                self.problems.append(f"{self.where(self.grid.places[name])}: {value!r}: {error} ({argument.type_name})")
+                several = isinstance(value, list) and not argument.type_name.startswith("list")
+                hint = f"; a list of values is an axis: axes: {{{name}: {shown(value)}}}" if several else ""
+                self.problems.append(
+                    f"{self.where(self.grid.places[name])}: {shown(value)}: {error} ({argument.type_name}){hint}"
+                )
         return self.seen[key]

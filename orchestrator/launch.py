@@ -18,7 +18,7 @@ from flatmin.errors import RequestError, ResultsError
 from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import estimate
-from flatmin.orchestrator.grid import NAMES
+from flatmin.orchestrator.grid import MOST_MODELS, NAMES
 from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
 from flatmin.orchestrator.progress import Display
@@ -106,6 +106,7 @@ def launch(
     console: Console | None = None,
     *,
     small: bool = False,
+    at_most: int | None = MOST_MODELS,
 ) -> Launched:
     """Run a study, or whatever of it is missing.
 
@@ -116,6 +117,7 @@ def launch(
         options: How to run it.
         console: Where progress is shown; the standard error when None.
         small: Run the study's small twin.
+        at_most: More models are refused, as a slip in an axis; None: any number.
 
     Raises:
         RequestError: The study, the directory, the resources or the execution cannot be as asked.
@@ -123,7 +125,7 @@ def launch(
     """
     options = options or LaunchOptions()
     console = console or Console(stderr=True)
-    checked = read_study(study, overrides, small=small)
+    checked = read_study(study, overrides, small=small, at_most=at_most)
     plan = make_plan(checked, _largest_stack(options))
     options = replace(options, run=with_resources(options.run, checked.file.resources))
     with _disk_errors(results):

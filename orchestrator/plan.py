@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from flatmin.errors import RequestError
 from flatmin.labels import parse_label
+from flatmin.orchestrator.grid import MOST_MODELS
 from flatmin.orchestrator.study import Study, read_study
 from flatmin.settings import Argument
 from flatmin.trial import Model, Trial
@@ -39,9 +40,9 @@ class Plan:
 def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = None) -> Plan:
     """Partition a study into stacks.
 
-    Models may share a stack when they agree in every setting that is not `per_model`. A group larger than
-    `models_per_trial` is cut into stacks of nearly equal size. Groups are ordered by model id, so the order in which
-    a study lists its values changes neither a stack's members nor their places.
+    Models may share a stack when they agree in every setting that is not `per_model`, and in what is measured. A group
+    larger than `models_per_trial` is cut into stacks of nearly equal size. Groups are ordered by model id, so the order
+    in which a study lists its values changes neither a stack's members nor their places.
 
     Args:
         study: The study.
@@ -50,15 +51,17 @@ def make_plan(study: Study, models_per_trial: int | Literal["auto"] | None = Non
     Raises:
         RequestError: A measure is asked of examples that are not held out.
     """
-    check_sets(study.measures, study.models)
     chosen = study.file.resources.models_per_trial if models_per_trial is None else models_per_trial
     largest = LARGEST_AUTO_STACK if chosen == "auto" else chosen
+    for asked in set(study.measures_of.values()):
+        check_sets(asked, [model for model in study.models if study.measures_of[model.model_id] == asked])
     groups: dict[tuple[Any, ...], list[Model]] = {}
     for model in study.models:
-        groups.setdefault(program_key(model, study.arguments), []).append(model)
+        labels = study.measures_of[model.model_id]
+        groups.setdefault((labels, *program_key(model, study.arguments)), []).append(model)
     trials = [
-        Trial(study.name, tuple(members), study.measures, measure_every=study.file.measure_every)
-        for group in groups.values()
+        Trial(study.name, tuple(members), labels, measure_every=study.file.measure_every)
+        for (labels, *_), group in groups.items()
         for members in _even_parts(sorted(group, key=lambda model: model.model_id), largest)
     ]
     return Plan(study.name, tuple(trials))
@@ -85,6 +88,7 @@ def plan(
     models_per_trial: int | Literal["auto"] | None = None,
     *,
     small: bool = False,
+    at_most: int | None = MOST_MODELS,
 ) -> Plan:
     """Read a study and partition it into stacks; train nothing.
 
@@ -93,11 +97,12 @@ def plan(
         overrides: `setting=value` or `setting=value,value`.
         models_per_trial: The largest stack; the study's own choice when None.
         small: Take the study's small twin.
+        at_most: More models are refused, as a slip in an axis; None: any number.
 
     Raises:
         RequestError: The study cannot be used.
     """
-    return make_plan(read_study(study, overrides, small=small), models_per_trial)
+    return make_plan(read_study(study, overrides, small=small, at_most=at_most), models_per_trial)
 
 
 def program_key(model: Model, arguments: Mapping[str, Argument]) -> tuple[Any, ...]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from flatmin.errors import RequestError, StudyError, nearest
 from flatmin.labels import parse_label, split_list
-from flatmin.orchestrator.document import Document, Place, load
-from flatmin.orchestrator.grid import Where, expand
-from flatmin.orchestrator.study_file import Case, Resources, Small, StudyFile, with_value
+from flatmin.orchestrator.document import Document, Place, load, parse
+from flatmin.orchestrator.grid import MOST_MODELS, Where, expand
+from flatmin.orchestrator.study_file import StudyFile, with_measures, with_seeds, with_value
+from flatmin.orchestrator.study_problems import study_file
 from flatmin.settings import Argument
 from flatmin.trial import Model
+
+_FOLDER = resources.files("flatmin.orchestrator.studies")
+_OUT_OF_SCOPE = "_out_of_scope.yaml"
+"""Published experiments that are no studies here, and why."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,23 @@ class Study:
         file: The study as written, overrides applied.
         models: Every model of the grid, each once, in grid order.
         arguments: The declaration of every setting that some model takes.
-        measures: Canonical measure labels.
+        measures_of: By model id, the canonical labels of what is measured of it.
     """
 
     file: StudyFile
     models: tuple[Model, ...]
     arguments: Mapping[str, Argument]
-    measures: tuple[str, ...]
+    measures_of: Mapping[str, tuple[str, ...]]
 
     @property
     def name(self) -> str:
         """The study's name."""
         return self.file.study
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The canonical labels of all that is measured, of whichever models."""
+        return tuple(dict.fromkeys(label for labels in self.measures_of.values() for label in labels))
 
     def to_yaml(self) -> str:
         """Return the resolved study as YAML."""
@@ -49,16 +59,22 @@ class Study:
 
 def builtin_names() -> list[str]:
     """Return the names of the built-in studies."""
-    folder = resources.files("flatmin.orchestrator.studies")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    files = sorted(entry.name for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+    return [name.removesuffix(".yaml") for name in files if name != _OUT_OF_SCOPE]
 
 
-def builtin_studies() -> list[dict[str, Any]]:
-    """Return name, number of models, source and purpose of every built-in study."""
-    return [
+def builtin_studies(*, out_of_scope: bool = False) -> list[dict[str, Any]]:
+    """Return name, number of models, source and purpose of every built-in study.
+
+    Args:
+        out_of_scope: Also those published experiments that are not here: their `models` are None, and `about` says why.
+    """
+    studies = [
         {"name": name, "models": len(study.models), "source": study.file.source, "about": study.file.about}
         for name, study in ((name, read_study(name)) for name in builtin_names())
     ]
+    others = yaml.safe_load((_FOLDER / _OUT_OF_SCOPE).read_text(encoding="utf-8")) if out_of_scope else []
+    return [*studies, *({**other, "models": None} for other in others)]
 
 
 def find(name: str) -> tuple[Path, str]:
@@ -68,22 +84,30 @@ def find(name: str) -> tuple[Path, str]:
         RequestError: Neither a built-in study nor a file.
     """
     if name in builtin_names():
-        return Path(str(resources.files("flatmin.orchestrator.studies") / f"{name}.yaml")), f"{name}.yaml"
+        return Path(str(_FOLDER / f"{name}.yaml")), f"{name}.yaml"
     path = Path(name)
-    if path.is_file():
-        return path, name
+    try:
+        if path.is_file():
+            return path, name
+        if path.is_dir():
+            raise RequestError(f"'{name}' is a folder; a study is a YAML file")
+    except OSError as error:
+        raise RequestError(f"there is no study '{name}': {error.strerror}") from None
     if path.suffix in {".yaml", ".yml"} or "/" in name:
         raise RequestError(f"there is no study file '{name}'")
     raise RequestError(f"there is no built-in study '{name}'.{nearest(name, builtin_names())}")
 
 
-def read_study(name: str, overrides: Sequence[str] = (), *, small: bool = False) -> Study:
+def read_study(
+    name: str, overrides: Sequence[str] = (), *, small: bool = False, at_most: int | None = MOST_MODELS
+) -> Study:
     """Read, override and check a study.
 
     Args:
         name: A built-in name or the path of a YAML file.
         overrides: `setting=value` or `setting=value,value`; also `seeds=...`, `measures=...` and `measure_every=...`.
         small: Take the study's small twin; `overrides` come after.
+        at_most: More models are refused, as a slip in an axis; None: any number.
 
     Raises:
         StudyError: All that is wrong with it, a line each.
@@ -93,19 +117,34 @@ def read_study(name: str, overrides: Sequence[str] = (), *, small: bool = False)
         raise RequestError(f"overrides: {overrides!r} should be a list: [{overrides!r}]")
     path, source = find(name)
     document = load(path, source)
-    for place in (("measures",), ("small", "measures")):
+    for place in _places_of_measures(document.data):
         document = _with_whole_labels(document, place)
     problems: list[str] = []
-    file = _parse(document, problems)
-    if file is None:
-        raise StudyError(problems)
+    file = study_file(document, problems)
+    if file is None or (small and problems and file.small is None):
+        raise StudyError(list(dict.fromkeys(problems)))
     where = _Where(document, small=small)
     file = _override(file.twin() if small else file, overrides, where, problems)
-    expansion = expand(file, where, problems)
-    labels = _labels(file.measures, where, problems)
+    expansion = expand(file, where, problems, at_most)
+    labels = _labels(file, where, problems)
     if problems:
         raise StudyError(list(dict.fromkeys(problems)))
-    return Study(file, tuple(expansion.models.values()), expansion.arguments, labels)
+    measures_of = {
+        identity: tuple(dict.fromkeys(labels[text] for text in texts)) for identity, texts in expansion.measures.items()
+    }
+    return Study(file, tuple(expansion.models.values()), expansion.arguments, measures_of)
+
+
+def _places_of_measures(data: Any) -> Iterator[Place]:
+    """Yield where a study as written has lists of measures: itself, its twin, and the cases of both."""
+    if not isinstance(data, dict):
+        return
+    for prefix, owner in ((), data), (("small",), data.get("small")):
+        cases = owner.get("cases") if isinstance(owner, dict) else None
+        own = [(("cases", number), case) for number, case in enumerate(cases if isinstance(cases, list) else [])]
+        for place, grid in [((), owner), *own]:
+            if isinstance(grid, dict) and "measures" in grid:
+                yield (*prefix, *place, "measures")
 
 
 def _with_whole_labels(document: Document, place: Place) -> Document:
@@ -116,8 +155,8 @@ def _with_whole_labels(document: Document, place: Place) -> Document:
     data = copy.deepcopy(document.data)
     owner = data
     for part in place[:-1]:
-        owner = owner.get(part) if isinstance(owner, dict) else None
-    pieces = owner.get(place[-1]) if isinstance(owner, dict) else None
+        owner = owner[part]
+    pieces = owner[place[-1]]
     if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
         return document
     labels: list[str] = []
@@ -125,7 +164,7 @@ def _with_whole_labels(document: Document, place: Place) -> Document:
     first = 0
     while first < len(pieces):
         last = _end_of_label(pieces, first)
-        lines[*place, len(labels)] = document.lines[*place, first]
+        lines[*place, len(labels)] = document.lines[document.known((*place, first))]
         labels.append(", ".join(pieces[first : last + 1]))
         first = last + 1
     owner[place[-1]] = labels
@@ -158,45 +197,6 @@ class _Where:
         return self.document.where(of_twin if self.small and of_twin in self.document.lines else place)
 
 
-def _parse(document: Document, problems: list[str]) -> StudyFile | None:
-    if not isinstance(document.data, dict):
-        problems.append(f"{document.source}: a study is a mapping of fields: {', '.join(StudyFile.model_fields)}")
-        return None
-    data = copy.deepcopy(document.data)
-    for _ in range(2):
-        try:
-            return StudyFile.model_validate(data)
-        except ValidationError as error:
-            for item in error.errors():
-                place = document.known(item["loc"])
-                problems.append(_pydantic_line(document, place or item["loc"], item))
-                _drop(data, place)
-            data.setdefault("study", "unnamed")
-    return None
-
-
-def _drop(data: Any, place: Sequence[str | int]) -> None:
-    """Take a faulty field out, so that the rest of the study can be checked too."""
-    for part in place[:-1]:
-        data = data[part]
-    if place:
-        data.pop(place[-1], None) if isinstance(data, dict) else data.__setitem__(place[-1], {})
-
-
-def _pydantic_line(document: Document, place: Sequence[str | int], item: Any) -> str:
-    where = document.where(place)
-    if item["type"] == "extra_forbidden":
-        parts: dict[str, type[BaseModel]] = {"resources": Resources, "cases": Case, "small": Small}
-        fields = parts.get(str(place[0]), StudyFile).model_fields
-        return f"{where}: there is no such field.{nearest(str(place[-1]), fields)}"
-    if item["type"] == "missing":
-        return f"{where}: missing"
-    if item["type"] == "too_short":
-        return f"{where}: []: an axis needs at least one value"
-    message = item["msg"].replace("Input should", "should").replace("Value error, ", "")
-    return f"{where}: {item['input']!r}: {message[0].lower()}{message[1:]}"
-
-
 def _override(file: StudyFile, overrides: Sequence[str], where: _Where, problems: list[str]) -> StudyFile:
     for text in overrides:
         name, equals, value = (part.strip() for part in text.partition("="))
@@ -204,35 +204,46 @@ def _override(file: StudyFile, overrides: Sequence[str], where: _Where, problems
             problems.append(f"command line: '{text}' should read setting=value or setting=value,value")
             continue
         try:
-            values = [yaml.safe_load(part) for part in split_list(value)]
+            values = [_value(part) for part in split_list(value)]
             if not values and name != "measures":
                 raise ValueError("an axis needs at least one value")
             file = StudyFile.model_validate(_changed(file.model_dump(), name, values))
             where.overridden.add(name)
-        except (yaml.YAMLError, ValueError) as error:
+        except ValueError as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             problems.append(f"command line: {text}: {reason.replace('Input should', 'should').splitlines()[0]}")
     return file
 
 
+def _value(text: str) -> Any:
+    """Return a value as the YAML of a study would have it."""
+    try:
+        return parse(text, "").data
+    except StudyError as error:
+        raise ValueError(error.problems[0].partition(": ")[2]) from None
+
+
 def _changed(study: dict[str, Any], name: str, values: list[Any]) -> dict[str, Any]:
     """Return a study in which one setting has these values in every grid, or one field has them."""
     if name == "measures":
-        study[name] = [value for value in values if value != "none"]
-    elif name in ("seeds", "measure_every"):
+        with_measures(study, [value for value in values if value != "none"])
+    elif name == "seeds":
+        with_seeds(study, values[0] if len(values) == 1 else values)
+    elif name == "measure_every":
         study[name] = values[0] if len(values) == 1 else values
     else:
         with_value(study, name, values)
-    if name == "seed":
-        study["seeds"] = 1
     return study
 
 
-def _labels(measures: Sequence[str], where: Where, problems: list[str]) -> tuple[str, ...]:
-    labels = []
-    for index, text in enumerate(measures):
-        try:
-            labels.append(parse_label(text).label)
-        except RequestError as error:
-            problems.append(f"{where(('measures', index))}: {error}")
-    return tuple(dict.fromkeys(labels))
+def _labels(file: StudyFile, where: Where, problems: list[str]) -> dict[str, str]:
+    """Return the canonical label of every measure as written."""
+    labels = {}
+    cases = [(("cases", number, "measures"), case.measures or []) for number, case in enumerate(file.cases)]
+    for place, measures in [(("measures",), file.measures), *cases]:
+        for index, text in enumerate(measures):
+            try:
+                labels[text] = parse_label(text).label
+            except RequestError as error:
+                problems.append(f"{where((*place, index))}: {error}")
+    return labels

@@ -23,6 +23,7 @@ Overrides = Annotated[
 ResultsOption = Annotated[str, typer.Option("--results", help="The results directory.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StackOption = Annotated[str | None, typer.Option("--models-per-trial", help="The largest stack: a number, or auto.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Over a million models are meant.")]
 SmallOption = Annotated[bool, typer.Option("--small", help="Take the study's small twin: minutes, and no download.")]
 
 
@@ -65,6 +66,13 @@ def count(option: str, text: str | None) -> int | Literal["auto"] | None:
     if not text.isdigit() or int(text) < 1:
         raise RequestError(f"{option} {text}: should be a number from 1 on, or auto")
     return int(text)
+
+
+def at_most(yes: bool) -> int | None:
+    """Return how many models a study may have: any number where that is meant."""
+    from flatmin.orchestrator.grid import MOST_MODELS
+
+    return None if yes else MOST_MODELS
 
 
 def short(value: Any) -> str:

@@ -89,7 +89,8 @@ def test_an_older_schema_is_refused(study: Path, tmp_path: Path) -> None:
 
 def test_json_goes_to_stdout_and_holds_the_documented_keys(study: Path, results: Path) -> None:
     plan = json.loads(cli("plan", str(study), "--json").stdout)
-    assert set(plan) == {"study", "models", "trials", "bytes", "device_seconds"}
+    ranges = {"device_seconds_low", "device_seconds_high", "wall_seconds", "calibrated"}
+    assert set(plan) == {"study", "models", "trials", "bytes", "device_seconds", *ranges}
     assert set(plan["trials"][0]) == {"trial_id", "model_ids", "settings"}
     assert sum(len(trial["model_ids"]) for trial in plan["trials"]) == len(plan["models"]) == 8
     assert plan["bytes"] > 0

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from flatmin.errors import RequestError, StudyError
-from flatmin.orchestrator.study import builtin_names, read_study
+from flatmin.orchestrator.plan import make_plan
+from flatmin.orchestrator.study import Study, builtin_names, read_study
 
 Write = Callable[..., Path]
 
@@ -231,3 +232,81 @@ def test_planning_loads_neither_torch_nor_ray() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+CASES = (
+    "study: two\nsettings: {dataset: digits, network: mlp, optimizer: sgd, epochs: 50}\n"
+    "measures: [lpf, lambda_max]\n"
+    "cases:\n"
+    "  - axes: {width: [2, 4]}\n"
+    "  - settings: {width: 8, epochs: 9}\n"
+    "    measures: [lpf(data=test, sigma=0.1), l2_norm]\n"
+    "  - axes: {width: [4, 16]}\n"
+    "    measures: []\n"
+)
+
+
+def measured(study: Study) -> dict[int, tuple[str, ...]]:
+    return {model.settings["width"]: study.measures_of[model.model_id] for model in study.models}
+
+
+def test_a_case_has_measures_of_its_own(write_study: Write) -> None:
+    study = read_study(str(write_study(CASES)))
+    assert measured(study) == {
+        2: ("lpf", "lambda_max"),
+        4: ("lpf", "lambda_max"),  # in the first case and in the last: what any of them asks for
+        8: ("lpf(data=test, sigma=0.1)", "l2_norm"),
+        16: (),
+    }
+    assert study.measures == ("lpf", "lambda_max", "lpf(data=test, sigma=0.1)", "l2_norm")
+    by_width = {trial.program["width"]: trial.measures for trial in make_plan(study).trials}
+    assert by_width == measured(study)
+
+
+def test_measures_on_the_command_line_are_those_of_every_case(write_study: Write) -> None:
+    study = read_study(str(write_study(CASES)), ["measures=random"])
+    assert set(measured(study).values()) == {("random",)}
+
+
+def test_a_wrong_measure_of_a_case_is_found_where_it_stands(write_study: Write) -> None:
+    (told,) = problems(write_study(CASES.replace("l2_norm", "l3_norm")))
+    assert told.startswith("FILE:7: cases.1.measures.1: there is no measure 'l3_norm'. Did you mean 'l2_norm'?")
+
+
+def test_a_twin_lies_over_every_case(write_study: Write) -> None:
+    file = write_study(CASES + "small:\n  settings: {epochs: 2, seed: 3}\n  measures: [random]\n")
+    study = read_study(str(file), small=True)
+    assert study.name == "two-small"
+    assert {(model.settings["epochs"], model.settings["seed"]) for model in study.models} == {(2, 3)}
+    assert measured(study) == dict.fromkeys([2, 4, 8, 16], ("random",))
+
+
+def test_a_twins_cases_stand_in_place_of_the_studys(write_study: Write) -> None:
+    small = "small:\n  settings: {epochs: 2}\n  cases:\n    - {settings: {width: 3}, measures: [random, l2_norm]}\n"
+    study = read_study(str(write_study(CASES + small + "    - {settings: {width: 5, epochs: 1}}\n")), small=True)
+    assert [(model.settings["width"], model.settings["epochs"]) for model in study.models] == [(3, 2), (5, 1)]
+    assert measured(study) == {3: ("random", "l2_norm"), 5: ("lpf", "lambda_max")}
+
+
+def test_overrides_come_after_the_twin(write_study: Write) -> None:
+    file = write_study(CASES + "small:\n  settings: {epochs: 2}\n  seeds: 1\n")
+    study = read_study(str(file), ["epochs=7", "seeds=2", "measures=lpf"], small=True)
+    assert {(model.settings["epochs"], model.settings["seed"]) for model in study.models} == {(7, 0), (7, 1)}
+    assert study.measures == ("lpf",)
+
+
+def test_a_study_without_a_twin_says_so(write_study: Write) -> None:
+    with pytest.raises(RequestError, match="the study 'tiny' has no small twin"):
+        read_study(str(write_study()), small=True)
+
+
+def test_mistakes_of_a_twin_have_their_own_lines(write_study: Write) -> None:
+    file = write_study(CASES + "small:\n  settings:\n    epochs: 0\n  axes:\n    widht: [2]\n  measures: [lpff]\n")
+    with pytest.raises(StudyError) as caught:
+        read_study(str(file), small=True)
+    told = [line.replace(str(file), "FILE") for line in caught.value.problems]
+    assert any(
+        line.startswith("FILE:12: small.settings.epochs: 0: should be greater than or equal to 1") for line in told
+    )
+    assert any(line.startswith("FILE:14: small.axes.widht: no plug-in of this study takes it") for line in told)
+    assert any(line.startswith("FILE:15: small.measures.0: there is no measure 'lpff'") for line in told)
