@@ -9,7 +9,7 @@ QUICKSTART := results/digits-double-descent
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install quickstart test test-slow test-gpu check bench clean
+.PHONY: help install quickstart twins test test-slow test-gpu check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ quickstart: install ## run a small study on bundled data and make its report
 	@echo "Look first at the test error against the width, the number of hidden units, at 20 % label noise:"
 	@echo "does it fall, rise again where the network begins to fit every noisy label, and fall once more?"
 	@echo "Then at the rank correlations: which sharpness measure follows the generalisation gap, and which only the width?"
+
+twins: install ## run the small twin of every built-in study end to end, and say how long each took
+	$(BIN)/python -m pytest -q tests/orchestrator/test_twins.py
 
 test: install ## run the tests, as CI does (not slow, no GPU)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu"

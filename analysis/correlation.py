@@ -1,4 +1,4 @@
-"""Rank correlation of sharpness measures with a target, over the configurations of any table of models.
+"""Correlation of sharpness measures with a target, over the configurations of any table of models.
 
 A configuration is one value of every axis; the seeds repeat it. Seeds of one configuration are no
 independent evidence about a measure, so the correlation is taken on seed means, and its interval resamples
@@ -8,59 +8,40 @@ configurations, never rows.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy import stats
 
-from flatmin.analysis import frames, kendall
-from flatmin.analysis.kendall import Floats
+from flatmin.analysis import configurations, expression, frames, kendall
+from flatmin.analysis.association import MeasureCorrelation, Request, associate, defined
+from flatmin.analysis.configurations import Bools, Configurations, Floats
 from flatmin.errors import RequestError
 
-FEWEST_CONFIGURATIONS = 4
-"""Fewer configurations than this have too few distinct resamples for an interval to mean anything."""
+RANDOM = "random"
+"""The control that knows nothing: normal numbers from a fixed seed, one per model."""
 
-
-@dataclass(frozen=True)
-class MeasureCorrelation:
-    """How one measure goes with the target; None where a number is undefined.
-
-    Attributes:
-        tau: Kendall tau-b of the seed means over configurations.
-        tau_low: Lower end of its 95 % percentile interval, bootstrapped over configurations.
-        tau_high: Upper end of that interval.
-        n: Rows with both measure and target.
-        n_configs: Configurations among them.
-        tau_rows: Kendall tau-b over rows, seeds not averaged.
-        spearman: Spearman's rank correlation of the seed means.
-        pearson: Pearson's linear correlation of the seed means.
-    """
-
-    tau: float | None
-    tau_low: float | None
-    tau_high: float | None
-    n: int
-    n_configs: int
-    tau_rows: float | None
-    spearman: float | None
-    pearson: float | None
+TRAINING_LOSS = "train_loss"
+"""The control that a measure has to beat to be more than a proxy of the fit."""
 
 
 @dataclass(frozen=True)
 class Correlations:
-    """The rank correlations of a table.
+    """The correlations of a table.
 
     Attributes:
         target: The column that the measures are compared with.
         axes: The settings that make a configuration, without seeds.
-        n: Rows that count: training came to an end and the target is known.
+        n: Rows that count: training came to an end, the filter lets them pass, and the target is known.
         dropped: How many rows were left out, by reason.
         measures: One entry per measure.
         notes: What a reader has to know about how the numbers were made; mostly empty.
+        controls: The same for what a measure has to beat: a random one, and the training loss where it is known. They
+            are in no q-value.
+        filter: The filter, as it was given.
+        convergence: What `tau_converged` is of: the filter, or the models that are `converged`; None without either.
     """
 
     target: str
@@ -69,6 +50,9 @@ class Correlations:
     dropped: Mapping[str, int]
     measures: Mapping[str, MeasureCorrelation]
     notes: tuple[str, ...] = ()
+    controls: Mapping[str, MeasureCorrelation] = field(default_factory=dict)
+    filter: str | None = None
+    convergence: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return `{target, axes, n, dropped, measures: {name: {...}}}` of plain values; undefined is None."""
@@ -77,7 +61,7 @@ class Correlations:
             "axes": list(self.axes),
             "n": self.n,
             "dropped": dict(self.dropped),
-            "measures": {name: dataclasses.asdict(value) for name, value in self.measures.items()},
+            "measures": {name: value.to_json() for name, value in self.measures.items()},
         }
 
 
@@ -89,6 +73,9 @@ def correlate(
     axes: Sequence[str] | None = None,
     measures: Sequence[str] | None = None,
     seed_column: str = "seed",
+    filter: str | None = None,
+    test_examples: int | None = None,
+    controls: bool = True,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Correlations:
@@ -107,7 +94,11 @@ def correlate(
             every other numeric column that varies.
         seed_column: The column that repeats a configuration. A table with neither axes nor seeds has one
             configuration per row.
-        bootstrap: Resamples of the interval; 0 for none.
+        filter: Which models count, such as `train_loss <= 0.01`; see `expression.matches`.
+        test_examples: The number of test examples behind the target, a gap of accuracy in fractions: the sign error
+            then leaves out differences that may be chance. None: every pair of seeds weighs the same.
+        controls: Whether a random measure and the training loss are correlated too.
+        bootstrap: Resamples of the intervals; 0 for none.
         seed: Seed of the resampling. Every measure has the same one, so that a measure's interval does not
             depend on which others are asked for.
 
@@ -115,8 +106,8 @@ def correlate(
         The correlations, in the order of `measures`.
 
     Raises:
-        RequestError: A column is missing or not numeric, the target is constant or unknown everywhere, or the
-            measures cannot be told from the axes.
+        RequestError: A column is missing or not numeric, the target is constant or unknown everywhere, the filter
+            cannot be read or leaves nothing, or the measures cannot be told from the axes.
     """
     if bootstrap < 0:
         raise RequestError(f"bootstrap: {bootstrap} resamples are impossible; give 0 for no interval.")
@@ -132,24 +123,132 @@ def correlate(
 
     dropped = _dropped_statuses(table)
     table = table[frames.kept(table)]
+    passed = np.ones(len(table), dtype=np.bool_) if filter is None else _passed(table, filter)
+    if not passed.all():
+        dropped[f"filter {filter}"] = int((~passed).sum())
     goal = numeric_target(table, target)
+    _check_test_examples(test_examples, goal, target)
     missing = np.isnan(goal)
-    if missing.any():
-        dropped[f"{target} is null"] = int(missing.sum())
-    table, goal = table[~missing], goal[~missing]
-    configs = _configurations(table, config_axes, seeds)
+    if (missing & passed).any():
+        dropped[f"{target} is null"] = int((missing & passed).sum())
+    rows = _Rows(table, configurations.of(table, config_axes, repeated=bool(seeds & set(table.columns))), goal)
 
-    results: dict[str, MeasureCorrelation] = {}
+    values = {name: frames.numeric(table, name, role="measure") for name in names}
     for name in names:
-        values = frames.numeric(table, name, role="measure")
-        known_rows = ~np.isnan(values)
-        if not known_rows.all():
-            dropped[f"{name} is null"] = int((~known_rows).sum())
-        resamples = kendall.affordable(len(np.unique(configs[known_rows])), bootstrap)
-        if resamples < bootstrap:
-            notes.append(f"{name}: {resamples} resamples instead of {bootstrap}, because the table is large")
-        results[name] = _one(values[known_rows], goal[known_rows], configs[known_rows], resamples, seed)
-    return Correlations(target, config_axes, len(table), dropped, results, tuple(notes))
+        unknown = int((np.isnan(values[name]) & passed & ~missing).sum())
+        dropped |= {f"{name} is null": unknown} if unknown else {}
+    beside = _controls(table, names) if controls else {}
+    request = Request(bootstrap, seed, test_examples)
+    found, told = _associate(rows, values | beside, passed & ~missing, request)
+    convergence, converged = _convergence(table, passed, filter)
+    found = {name: _both_ways(one, rows, (values | beside)[name], passed, converged) for name, one in found.items()}
+    return Correlations(
+        target,
+        config_axes,
+        int((passed & ~missing).sum()),
+        dropped,
+        _with_q({name: found[name] for name in names}),
+        tuple([*notes, *_mixed(table), *told]),
+        {name: found[name] for name in beside},
+        filter,
+        convergence,
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The models whose training came to an end."""
+
+    table: pd.DataFrame
+    configurations: Configurations
+    goal: Floats
+
+
+def _passed(table: pd.DataFrame, filter: str) -> Bools:
+    passed = expression.matches(table, filter)
+    if len(table) and not passed.any():
+        raise RequestError(f"filter '{filter}': none of {len(table)} models passes it.")
+    return passed
+
+
+def _check_test_examples(test_examples: int | None, goal: Floats, target: str) -> None:
+    if test_examples is None:
+        return
+    if test_examples < 1:
+        raise RequestError(f"test examples: {test_examples} is impossible; give the size of the test set.")
+    if np.nanmax(np.abs(goal)) > 1:
+        raise RequestError(
+            f"test examples: column '{target}' is no gap of accuracy in fractions (it reaches "
+            f"{np.nanmax(np.abs(goal)):g}), so the weights of the sign error are not known; leave them out."
+        )
+
+
+def _controls(table: pd.DataFrame, names: Sequence[str]) -> dict[str, Floats]:
+    found = {RANDOM: np.random.default_rng(0).standard_normal(len(table))}
+    if TRAINING_LOSS in table.columns and pd.api.types.is_numeric_dtype(table[TRAINING_LOSS]):
+        found[TRAINING_LOSS] = frames.numeric(table, TRAINING_LOSS, role="control")
+    return {name: values for name, values in found.items() if name not in names}
+
+
+def _associate(
+    rows: _Rows, values: Mapping[str, Floats], counts: Bools, request: Request
+) -> tuple[dict[str, MeasureCorrelation], list[str]]:
+    """Take together the measures that are known for the same models, for they share most of the work."""
+    alike: dict[bytes, list[str]] = {}
+    known = {name: counts & ~np.isnan(column) for name, column in values.items()}
+    for name, mask in known.items():
+        alike.setdefault(mask.tobytes(), []).append(name)
+    found: dict[str, MeasureCorrelation] = {}
+    told: dict[str, None] = {}
+    for names in alike.values():
+        mask = known[names[0]]
+        part = rows.configurations.take(mask)
+        some, notes = associate(part, {name: values[name][mask] for name in names}, rows.goal[mask], request)
+        found |= some
+        told |= dict.fromkeys(notes)
+    return found, list(told)
+
+
+def _convergence(table: pd.DataFrame, passed: Bools, filter: str | None) -> tuple[str | None, Bools | None]:
+    """What says that a model converged: the filter, else our own statuses."""
+    if filter is not None:
+        return filter, passed
+    if "status" in table.columns and table["status"].isin(frames.STATUSES).any():
+        return "status is converged", (table["status"] == "converged").to_numpy(dtype=np.bool_)
+    return None, None
+
+
+def _both_ways(
+    one: MeasureCorrelation, rows: _Rows, values: Floats, passed: Bools, converged: Bools | None
+) -> MeasureCorrelation:
+    """Add tau with and without the convergence filter."""
+    known = ~np.isnan(values) & ~np.isnan(rows.goal)
+    found: list[tuple[float | None, int | None]] = []
+    for mask in (None if converged is None else known & converged, known):
+        if mask is None:
+            found.append((None, None))
+        elif np.array_equal(mask, known & passed):
+            found.append((one.tau, one.n))
+        else:
+            part = rows.configurations.take(mask)
+            tau = kendall.tau_b(part.means(values[mask]), part.means(rows.goal[mask])) if mask.any() else float("nan")
+            found.append((defined(tau), int(mask.sum())))
+    (tau_converged, n_converged), (tau_all, n_all) = found
+    return dataclasses.replace(one, tau_converged=tau_converged, n_converged=n_converged, tau_all=tau_all, n_all=n_all)
+
+
+def _with_q(found: Mapping[str, MeasureCorrelation]) -> dict[str, MeasureCorrelation]:
+    """Add Benjamini-Hochberg q-values over the measures that have a p-value."""
+    p = {name: one.p for name, one in found.items() if one.p is not None}
+    q = dict(zip(p, stats.false_discovery_control(list(p.values())), strict=True)) if p else {}
+    return {name: dataclasses.replace(one, q=float(q[name])) if name in q else one for name, one in found.items()}
+
+
+def _mixed(table: pd.DataFrame) -> list[str]:
+    if "study" not in table.columns or table["study"].nunique() < 2:
+        return []
+    studies = [str(study) for study in table["study"].dropna().unique()]
+    return [f"models of {len(studies)} studies are mixed: {', '.join(studies)}"]
 
 
 def numeric_target(table: pd.DataFrame, target: str) -> Floats:
@@ -199,6 +298,8 @@ def _measures(
 def _settings(table: pd.DataFrame, others: set[str], seed_column: str) -> tuple[list[str], list[str]]:
     """The columns that make a configuration, and a note on those that look like settings and are none."""
     settings = frames.varying(table, exclude=others)
+    if "study" in table.columns and table["study"].nunique() > 1:
+        settings = ["study", *settings]
     unrepeated = frames.unrepeated(table, settings, seed_column)
     if not unrepeated:
         return settings, []
@@ -213,50 +314,3 @@ def _dropped_statuses(table: pd.DataFrame) -> dict[str, int]:
         return {}
     counts = out["status"].fillna("null").value_counts()
     return {f"status {status}": int(count) for status, count in counts.sort_index().items()}
-
-
-def _configurations(table: pd.DataFrame, axes: Sequence[str], seeds: set[str]) -> npt.NDArray[np.int64]:
-    """Number the configuration of every row."""
-    if axes:
-        keys = pd.DataFrame({axis: frames.hashable(table[axis]) for axis in axes})
-        return np.asarray(keys.groupby(list(axes), dropna=False, sort=False).ngroup(), dtype=np.int64)
-    if seeds & set(table.columns):
-        return np.zeros(len(table), dtype=np.int64)
-    return np.arange(len(table), dtype=np.int64)
-
-
-def _one(values: Floats, goal: Floats, configs: npt.NDArray[np.int64], resamples: int, seed: int) -> MeasureCorrelation:
-    means = pd.DataFrame({"x": values, "y": goal}).groupby(configs).mean()
-    x, y = means["x"].to_numpy(), means["y"].to_numpy()
-    low, high = _interval(x, y, resamples, seed)
-    return MeasureCorrelation(
-        tau=_defined(kendall.tau_b(x, y)),
-        tau_low=low,
-        tau_high=high,
-        n=len(values),
-        n_configs=len(x),
-        tau_rows=_defined(kendall.tau_b(values, goal)),
-        spearman=_defined(_scipy("spearmanr", x, y)),
-        pearson=_defined(_scipy("pearsonr", x, y)),
-    )
-
-
-def _interval(x: Floats, y: Floats, resamples: int, seed: int) -> tuple[float | None, float | None]:
-    if resamples == 0 or len(x) < FEWEST_CONFIGURATIONS or np.isnan(kendall.tau_b(x, y)):
-        return None, None
-    taus = kendall.bootstrap_tau(x, y, resamples=resamples, rng=np.random.default_rng(seed))
-    low, high = np.nanquantile(taus, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _scipy(name: str, x: Floats, y: Floats) -> float:
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    with warnings.catch_warnings():
-        # a nearly constant measure is reported through the value itself, which the caller checks
-        warnings.simplefilter("ignore")
-        return float(getattr(stats, name)(x, y).statistic)
-
-
-def _defined(value: float) -> float | None:
-    return value if np.isfinite(value) else None

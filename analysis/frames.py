@@ -31,14 +31,21 @@ SEED_COLUMNS = ("seed", "init_seed", "order_seed", "noise_seed")
 RESULT_COLUMNS = frozenset([*fixed_columns("models"), *fixed_columns("plan")])
 """The columns of `models/` that are no settings."""
 
-_READERS: Mapping[str, Callable[[Path], pd.DataFrame]] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
+_SAME = 1e-6
+"""Fractions that differ by less than this part of themselves are one level of a setting."""
+
+_READERS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
+    ".csv": pd.read_csv,
+    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
+    ".parquet": pd.read_parquet,
+}
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Read one table, a row per model, from a CSV or Parquet file.
+    """Read one table, a row per model, from a CSV, TSV or Parquet file.
 
     Args:
-        path: A file that ends in `.csv` or `.parquet`, or a directory of Parquet files.
+        path: A file that ends in `.csv`, `.tsv` or `.parquet`, or a directory of Parquet files.
 
     Returns:
         The table as stored: no column is renamed, no row is left out.
@@ -46,13 +53,17 @@ def read_table(path: str | Path) -> pd.DataFrame:
     Raises:
         RequestError: The file is missing, of another kind, unreadable, or has no rows.
     """
+    if "://" in str(path):
+        raise RequestError(f"{path}: tables in a bucket cannot be read yet; copy it to a directory.")
     path = Path(path)
     if not path.exists():
         beside = [str(other) for other in _beside(path)]
         raise RequestError(f"{path}: no such file.{nearest(str(path), beside) if beside else ''}")
     reader = _READERS.get(".parquet" if path.is_dir() else path.suffix.lower())
     if reader is None:
-        raise RequestError(f"{path}: cannot read {path.suffix or 'a file without ending'}. Valid: .csv, .parquet.")
+        raise RequestError(
+            f"{path}: cannot read {path.suffix or 'a file without ending'}. Valid: {', '.join(_READERS)}."
+        )
     try:
         frame = reader(path)
     except Exception as problem:  # the parsers raise errors of several libraries, all of which mean "not a table"
@@ -149,7 +160,36 @@ def varying(frame: pd.DataFrame, *, exclude: Collection[str] = ()) -> list[str]:
     """
     left_out = RESULT_COLUMNS | set(SEED_COLUMNS) | set(exclude)
     columns = [str(column) for column in frame.columns if column not in left_out]
-    return [column for column in columns if hashable(frame[column]).nunique(dropna=False) > 1]
+    return [column for column in columns if len(frame) and levels(frame[column]).max() > 0]
+
+
+def levels(values: pd.Series) -> npt.NDArray[np.int64]:
+    """Number the levels of a setting: equal values, and fractions that differ in the last digits only.
+
+    Numbers within one part in a million of their lower neighbour are one level, because the same setting comes as
+    0.1 and, from another machine or a 32-bit file, as 0.10000000149. Null is a level of its own.
+
+    Args:
+        values: One column, of any type.
+
+    Returns:
+        Shape `(rows,)`: numbers from 0 on, without a gap.
+
+    >>> levels(pd.Series([0.1, 0.01, 0.1 + 1e-12, None])).tolist()
+    [1, 0, 1, 2]
+    """
+    plain = hashable(values).convert_dtypes() if values.dtype == object else values
+    if pd.api.types.is_float_dtype(plain.dtype):
+        distinct = np.sort(plain.dropna().unique().astype(np.float64))
+        apart = np.diff(distinct) > _SAME * np.abs(distinct[1:])
+        whole = (distinct[1:] % 1 == 0) & (distinct[:-1] % 1 == 0)
+        level = np.concatenate([[0], np.cumsum(apart | whole)]) if len(distinct) else distinct.astype(np.int64)
+        found = dict(zip(distinct.tolist(), level.tolist(), strict=True))
+        coded = plain.astype("float64").map(found)
+    else:
+        coded = pd.Series(pd.factorize(plain)[0], index=plain.index).replace(-1, np.nan)
+    codes = coded.fillna(coded.max() + 1 if coded.notna().any() else 0)
+    return codes.to_numpy(dtype=np.int64)
 
 
 def unrepeated(frame: pd.DataFrame, columns: Iterable[str], seed_column: str) -> list[str]:
@@ -206,6 +246,26 @@ def latest(sharpness: pd.DataFrame) -> pd.DataFrame:
     return rows.drop_duplicates([*_keys(rows), "label"], keep="last")
 
 
+def final(models: pd.DataFrame, sharpness: pd.DataFrame) -> pd.DataFrame:
+    """Keep the measures of every model's last epoch.
+
+    Args:
+        models: Rows of the `models/` table.
+        sharpness: Rows of the `sharpness/` table.
+
+    Returns:
+        What `latest` returns, less the rows of a model in `models` that are known to be from before its end.
+
+    Raises:
+        RequestError: A column that is needed is missing.
+    """
+    rows = latest(sharpness)
+    if "epoch" not in rows.columns or not {"model_id", "epochs_run"} <= set(models.columns):
+        return rows
+    ended = rows["model_id"].map(models.drop_duplicates("model_id").set_index("model_id")["epochs_run"])
+    return rows[~(rows["epoch"] < ended)]
+
+
 def labels(sharpness: pd.DataFrame | None) -> list[str]:
     """Name the measures in a `sharpness/` table, sorted.
 
@@ -243,11 +303,11 @@ def wide(models: pd.DataFrame, sharpness: pd.DataFrame | None = None) -> pd.Data
     if clash:
         raise RequestError(f"measure '{clash[0]}' has the name of a column of the models table.")
     keys = [key for key in _keys(sharpness) if key in models.columns]
-    rows = latest(sharpness).dropna(subset=["label"])
+    rows = final(models, sharpness).dropna(subset=["label"])
     rows = rows.assign(value=numeric(rows, "value", role="sharpness table")).drop_duplicates(
         [*keys, "label"], keep="last"
     )
-    measures = rows.pivot(index=keys, columns="label", values="value")[names]
+    measures = rows.pivot(index=keys, columns="label", values="value").reindex(columns=names)
     measures.columns.name = None
     return models.merge(measures.reset_index(), on=keys, how="left")
 

@@ -1,6 +1,7 @@
-r"""Kendall's rank correlation, tau-b, and its bootstrap over configurations.
+r"""Kendall's rank correlation, tau-b and tau-a, and the bootstrap of tau-b over configurations.
 
-.. math:: \tau_b = \frac{\sum_{i<j} \mathrm{sign}(x_i - x_j)\,\mathrm{sign}(y_i - y_j)}{\sqrt{n_x n_y}}
+.. math:: \tau_a = \frac{2}{n (n - 1)} \sum_{i<j} \mathrm{sign}(x_i - x_j)\,\mathrm{sign}(y_i - y_j), \quad
+   \tau_b = \frac{\sum_{i<j} \mathrm{sign}(x_i - x_j)\,\mathrm{sign}(y_i - y_j)}{\sqrt{n_x n_y}}
 
 where :math:`n_x` is the number of pairs that are not tied in x. Kendall 1945, "The treatment of ties in
 ranking problems", Biometrika 33(3).
@@ -8,15 +9,15 @@ ranking problems", Biometrika 33(3).
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-Floats = npt.NDArray[np.float64]
+from flatmin.analysis.configurations import Floats, Ints
 
 _BLOCK = 512
-_WORK = 2.5e10  # resamples x configurations^2: a few seconds per measure on two cores
-_FEWEST = 200  # resamples below which the ends of a 95 % interval are mostly noise
 
 
 def tau_b(x: Floats, y: Floats) -> float:
@@ -32,60 +33,92 @@ def tau_b(x: Floats, y: Floats) -> float:
     >>> round(tau_b(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 6)
     0.333333
     """
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    # not np.ptp: the difference of two huge values overflows
+    if len(x) < 2 or x.min() == x.max() or y.min() == y.max():
         return float("nan")
     return float(stats.kendalltau(x, y).statistic)
 
 
-def affordable(configurations: int, resamples: int) -> int:
-    """Return how many resamples `bootstrap_tau` can do in seconds: all, up to 5,000 configurations.
+def tau_a(x: Floats, y: Floats) -> float:
+    """Return Kendall's tau-a of two samples: a tied pair counts as neither agreeing nor disagreeing.
 
     Args:
-        configurations: Number of points.
-        resamples: Number wanted.
+        x: Finite values, shape `(n,)`.
+        y: Finite values, shape `(n,)`.
 
     Returns:
-        A number from 200 to `resamples`, or `resamples` where that is smaller.
+        A number in [-1, 1]; NaN for fewer than two values.
+
+    >>> tau_a(np.array([1.0, 2.0, 2.0]), np.array([1.0, 2.0, 3.0])) == 2 / 3
+    True
     """
-    return min(resamples, max(_FEWEST, int(_WORK / max(1, configurations) ** 2)))
+    n = len(x)
+    if n < 2:
+        return float("nan")
+    tau = tau_b(x, y)
+    untied = [n * (n - 1) // 2 - _tied(values) for values in (x, y)]
+    return round(tau * math.sqrt(untied[0] * untied[1])) / (n * (n - 1) / 2) if math.isfinite(tau) else 0.0
 
 
-def bootstrap_tau(x: Floats, y: Floats, *, resamples: int, rng: np.random.Generator) -> Floats:
-    """Return tau-b of resampled points, drawn with replacement.
+def tied_pairs(x: Floats, y: Floats) -> int:
+    """Count the pairs that are tied in x, in y, or in both.
 
-    A resample is a vector w of how often each point was drawn. With the matrix A of pair signs,
-    tau-b needs only w'Aw and the counts of each distinct value, so that all resamples share one matrix
-    product.
+    Args:
+        x: Finite values, shape `(n,)`.
+        y: Finite values, shape `(n,)`.
+
+    >>> tied_pairs(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, 3.0]))
+    3
+    """
+    return _tied(x) + _tied(y) - _tied(np.column_stack([x, y]))
+
+
+def _tied(values: Floats) -> int:
+    counts = np.unique(values, return_counts=True, axis=0)[1]
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def bootstrap_tau(x: Floats, y: Floats, counts: npt.NDArray[np.float32]) -> Floats:
+    """Return tau-b of resampled points.
+
+    A resample is a vector w of how often each point was drawn. With the matrix A of pair signs, tau-b needs only w'Aw
+    and the counts of each distinct value, so that all resamples share one matrix product. Its terms are whole numbers
+    below 2^24, which 32 bits hold exactly.
 
     Args:
         x: One finite value per configuration, shape `(m,)`.
         y: One finite value per configuration, shape `(m,)`.
-        resamples: How many times m points are drawn.
-        rng: The source of chance.
+        counts: How often each point was drawn, shape `(resamples, m)`, each row with sum m.
 
     Returns:
         Shape `(resamples,)`; NaN where a resample has no untied pair.
     """
     m = len(x)
     # ranks instead of values, because the difference of two huge values overflows
-    ranks = [stats.rankdata(values, method="dense") for values in (x, y)]
-    weights = rng.multinomial(m, np.full(m, 1 / m), size=resamples).astype(np.float64)
-    concordance = np.zeros(resamples)
+    ranks: list[Ints] = [stats.rankdata(values, method="dense") for values in (x, y)]
+    concordance = np.zeros(len(counts))
     for start in range(0, m, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        signs = np.ones((len(ranks[0][part]), m))
+        stop = min(start + _BLOCK, m)
+        signs = np.ones((stop - start, m - start), dtype=np.float32)
         for rank in ranks:
-            signs *= np.sign(rank[part, None] - rank[None, :])
-        concordance += np.einsum("bi,bi->b", weights[:, part], weights @ signs.T)
-    untied = _untied(weights, ranks[0]) * _untied(weights, ranks[1])
-    tau = np.full(resamples, np.nan)
+            signs *= np.sign(rank[start:stop, None] - rank[None, start:])
+        # A is symmetric: what is right of the diagonal block counts twice
+        drawn = counts[:, start:stop]
+        right = counts[:, stop:] @ signs[:, stop - start :].T
+        within = counts[:, start:stop] @ signs[:, : stop - start].T
+        concordance += np.einsum("bi,bi->b", drawn, 2 * right + within, dtype=np.float64)
+    untied = _untied(counts, ranks[0]) * _untied(counts, ranks[1])
+    tau = np.full(len(counts), np.nan)
     np.divide(concordance, np.sqrt(untied), out=tau, where=untied > 0)
     return tau
 
 
-def _untied(weights: Floats, rank: npt.NDArray[np.int64]) -> Floats:
+def _untied(counts: npt.NDArray[np.float32], rank: Ints) -> Floats:
     """Ordered pairs with different values, in every resample."""
+    everything = counts.sum(axis=1, dtype=np.float64) ** 2
+    if int(rank.max(initial=0)) == len(rank):
+        return np.asarray(everything - np.einsum("bm,bm->b", counts, counts, dtype=np.float64))
     order = np.argsort(rank, kind="stable")
     starts = np.flatnonzero(np.diff(rank[order], prepend=0))
-    counts = np.add.reduceat(weights[:, order], starts, axis=1)
-    return np.asarray(weights.sum(axis=1) ** 2 - (counts**2).sum(axis=1))
+    tied = np.add.reduceat(counts[:, order], starts, axis=1, dtype=np.float64)
+    return np.asarray(everything - (tied**2).sum(axis=1))

@@ -12,7 +12,7 @@ models as functions of their weights, an `Estimate` is a value per model with it
 
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.estimate import Curve, Estimate
-from flatmin.sharpness.measuring import Measured, measure_all, measure_stack
+from flatmin.sharpness.measuring import Measured, measure_all, measure_stack, refused, row_without_value
 from flatmin.sharpness.metric import Metric, scale
 from flatmin.sharpness.module import curves, measure, surface_between
 
@@ -26,6 +26,8 @@ __all__ = [
     "measure",
     "measure_all",
     "measure_stack",
+    "refused",
+    "row_without_value",
     "scale",
     "surface_between",
 ]

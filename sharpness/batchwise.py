@@ -83,15 +83,23 @@ def batch_mean(
 
     def draw(first: int, number: int, active: Tensor) -> Tensor:
         rows = torch.nonzero(active).flatten().to(engine.device)
-        some, wanted = engine.select(rows), range(first, first + number)
+        some = engine.select(rows)
         values = torch.full((number, len(engine)), torch.nan, dtype=torch.float64)
         start = 0
-        for part in _batches(some, m, wanted) if split else _copies(some, wanted):
+        for part in one_first(some, first, number):
             value, bound = (found.cpu().double().reshape(-1, len(rows)) for found in measure(part))
             here = slice(start, start + len(value))
             values[here, active], bounds[first : first + number][here, active] = value, bound
             start = here.stop
+            if not bool(value.isfinite().all(dim=0).any()):
+                break  # all models are undefined, whatever the other batches say
         return values
+
+    def one_first(some: Engine, first: int, number: int) -> Iterator[Engine]:
+        """Yield batches, the very first one alone: it often tells that there is no value."""
+        alone = 1 if first == 0 else 0
+        for wanted in (range(first, first + alone), range(first + alone, first + number)):
+            yield from _batches(some, m, wanted) if split else _copies(some, wanted)
 
     mean = sample_mean(draw, len(engine), tolerance=tolerance, max_samples=max_samples)
     bound = bounds.nanmean(dim=0)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.metric import Metric
+from flatmin.sharpness.products import Product, product
 from flatmin.sharpness.sampling import pieces
 
 
-def columns(engine: Engine, metric: Metric, active: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-    """Yield columns of D H D as (the first one's number, float64 `[S, K, d]`), as many at once as fit in memory.
+def column_products(engine: Engine, metric: Metric, active: Tensor | None = None) -> Iterator[Product]:
+    """Yield the products of D H D with unit vectors, its columns, as many at once as fit in memory.
 
     Args:
         engine: The models.
@@ -23,8 +24,7 @@ def columns(engine: Engine, metric: Metric, active: Tensor | None = None) -> Ite
     d, n = engine.scale(metric), engine.n_params
     basis = torch.eye(n, dtype=torch.float64, device=engine.device)
     for start, size in engine.portions(0, n):
-        vectors = d * basis[start : start + size, None].expand(size, len(engine), n)
-        yield start, d * engine.hvps(vectors, active)
+        yield product(engine, d, basis[start : start + size, None].expand(size, len(engine), n), active)
 
 
 def fits(engine: Engine) -> bool:
@@ -48,7 +48,7 @@ def _spectrum(engine: Engine, metric: Metric) -> Tensor:
         rows = slice(first, first + count)
         active = torch.zeros(models, dtype=torch.bool, device=engine.device)
         active[rows] = True
-        a = torch.cat([part[:, rows].transpose(0, 1) for _, part in columns(engine, metric, active)], dim=1)
+        a = torch.cat([part.of_all[:, rows].transpose(0, 1) for part in column_products(engine, metric, active)], dim=1)
         sound = a.isfinite().flatten(1).all(dim=1)
         eigenvalues = torch.linalg.eigvalsh(torch.where(sound[:, None, None], (a + a.mT) / 2, 0.0))
         values[rows] = torch.where(sound[:, None], eigenvalues, torch.nan)

@@ -2,7 +2,8 @@
 
 eps_sharpness = 1 / t with L(w + D t n) - L(w) = epsilon, n = D grad / ||D grad||, in inverse units of the
 metric: t is the distance as the balanced network sees it. Source: Bisla et al. 2022, section 3 (epsilon =
-0.1, 1 / (eta ||grad||) with a bisection for eta).
+0.1, 1 / (eta ||grad||) with a bisection for eta); on quadratics at their minimum, where there is no gradient, their
+supplement C takes n along the eigenvector of the largest eigenvalue of D H D.
 
 Where the loss crosses more than once, the crossing found is one before the first doubling of t that lies
 above: t starts at half of what the quadratic model of the loss along n predicts.
@@ -10,17 +11,19 @@ above: t starts at half of what the quadratic model of the loss along n predicts
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import elementwise
-from torch import Tensor
 
+from flatmin.settings import Setting
 from flatmin.sharpness.arguments import Epsilon, MetricChoice, Tolerance
 from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate
+from flatmin.sharpness.lanczos import top_directions
+from flatmin.sharpness.metric import Metric
 
 REFUSES = {
     "subset": "near a minimum the gradient of a few examples is mostly sampling noise, and its direction is followed",
@@ -28,6 +31,7 @@ REFUSES = {
 """At trained tanh networks the interval of a subset of a half held the whole set's value in 1 of 100 draws."""
 
 _MOST_DOUBLINGS = 64
+_EIGENVECTOR_STEPS = 100
 _TOO_FAR = 1e3
 
 
@@ -35,6 +39,12 @@ def eps_sharpness(
     engine: Engine,
     *,
     epsilon: Epsilon = 0.1,
+    direction: Annotated[
+        Literal["gradient", "top_eigenvector"],
+        Setting(
+            about="Along the gradient, or the eigenvector of the Hessian's largest eigenvalue.", neutral="gradient"
+        ),
+    ] = "gradient",
     metric: MetricChoice = "filter",
     tolerance: Tolerance = 0.001,
 ) -> Estimate:
@@ -48,10 +58,12 @@ def eps_sharpness(
     Args:
         engine: The models.
         epsilon: The rise.
+        direction: Where the line goes. An eigenvector points uphill, and is found once its residual is a `tolerance` of
+            its eigenvalue; where 100 steps do not do, the value has not converged.
         metric: What scales the gradient and the step.
         tolerance: Width of the bracket at which a model's search stops, as a fraction of the value.
     """
-    line = _Line(engine, engine.scale(metric), epsilon)
+    line = _Line(engine, metric, epsilon, direction, tolerance)
     start, defined = line.first_guess()
     low, high, found = _bracket(line, start, defined)
     rows = np.flatnonzero(found)
@@ -65,31 +77,39 @@ def eps_sharpness(
             tolerances={"xrtol": tolerance / 2, "xatol": 0.0},
         )
         real = np.maximum(*root.f_bracket) < _TOO_FAR * epsilon
-        width = np.abs(root.bracket[1] - root.bracket[0])
+        width = np.where(root.f_x == 0, 0.0, np.abs(root.bracket[1] - root.bracket[0]))
         value[rows] = np.where(real, 1.0 / root.x, np.nan)
         stderr[rows] = np.where(real, width / root.x**2, np.nan)
-        converged[rows] = real & root.success
-    passes = LOSS_PASSES * (1 + line.evaluations) + GRADIENT_PASSES + PRODUCT_PASSES
+        converged[rows] = real & root.success & line.found[rows]
+    passes = LOSS_PASSES * (1 + line.evaluations) + GRADIENT_PASSES + PRODUCT_PASSES * line.products
     made = (value, stderr, line.evaluations, passes.astype(float), converged)
     value_k, stderr_k, samples_k, passes_k, converged_k = (torch.from_numpy(array) for array in made)
     return Estimate(value_k, stderr_k, samples_k, passes_k, converged_k)
 
 
 class _Line:
-    """The loss of every model along its own gradient, less what it should have risen by."""
+    """The loss of every model along its own direction, less what it should have risen by."""
 
-    def __init__(self, engine: Engine, d: Tensor, epsilon: float) -> None:
+    def __init__(self, engine: Engine, metric: Metric, epsilon: float, direction: str, tolerance: float) -> None:
         self.engine, self.epsilon = engine, epsilon
-        gradient = d * engine.gradient()
-        self.slope = gradient.norm(dim=1)
-        self.normal = gradient / self.slope[:, None]
-        self.direction = d * self.normal
+        d, gradient = engine.scale(metric), engine.gradient()
+        self.found, self.products = np.ones(len(engine), dtype=bool), np.ones(len(engine), dtype=np.int64)
+        if direction == "gradient":
+            self.slope = (d * gradient).norm(dim=1)
+            self.direction = d * (d * gradient / self.slope[:, None])
+            self.defined = (self.slope > 0) & self.slope.isfinite()
+        else:
+            top = top_directions(engine, metric, 1, tolerance=tolerance, max_steps=_EIGENVECTOR_STEPS)
+            slope = (top.vectors[0] * gradient).sum(dim=1)
+            self.slope, self.direction = slope.abs(), torch.where(slope < 0, -1.0, 1.0)[:, None] * top.vectors[0]
+            self.defined = self.direction.isfinite().all(dim=1)
+            self.found, self.products = top.found.cpu().numpy(), self.products + top.products.cpu().numpy()
         self.base = engine.losses()
         self.evaluations = np.zeros(len(engine), dtype=np.int64)
 
     def first_guess(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return half the distance that the quadratic model predicts, and for which models there is one."""
-        defined = (self.slope > 0) & self.slope.isfinite() & self.base.isfinite()
+        defined = self.defined & self.base.isfinite()
         along = torch.where(defined[:, None], self.direction, 0.0)
         curvature = (along * self.engine.hvp(along, defined)).sum(dim=1).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
         distance = 2 * self.epsilon / (self.slope + (self.slope**2 + 2 * self.epsilon * curvature).sqrt())

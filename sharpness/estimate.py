@@ -52,6 +52,8 @@ class Estimate:
             that a value's cost does not depend on what else was measured.
         converged: Whether the tolerance was met, bool `[K]`; never where the value is undefined.
         curves: What the measure found beside its value.
+        without: Of a subset, the value without each of its parts (`flatmin.sharpness.jackknife`), `[P, K]`; None
+            where a measure does not tell.
     """
 
     value: Tensor
@@ -60,15 +62,17 @@ class Estimate:
     passes: Tensor
     converged: Tensor
     curves: Sequence[Curve] = ()
+    without: Tensor | None = None
 
 
-def exact(value: Tensor, *, passes: float, samples: int = 1) -> Estimate:
+def exact(value: Tensor, *, passes: float, samples: int = 1, without: Tensor | None = None) -> Estimate:
     """Return an estimate without an error, converged where it is finite.
 
     Args:
         value: `[K]`; what is not finite counts as undefined.
         passes: What it cost.
         samples: The evaluations that it rests on.
+        without: Of a subset, the value without each part, `[P, K]`.
     """
     value = torch.where(value.isfinite(), value.double(), torch.nan)
     return Estimate(
@@ -77,7 +81,14 @@ def exact(value: Tensor, *, passes: float, samples: int = 1) -> Estimate:
         torch.full(value.shape, samples, dtype=torch.int64),
         torch.full(value.shape, passes, dtype=torch.float64),
         value.isfinite(),
+        without=without,
     )
+
+
+def exact_by_part(values: Tensor, *, passes: float, samples: int = 1) -> Estimate:
+    """Return an exact estimate from a value and, of a subset, those without each part, `[1 + P, K]`."""
+    values = values.cpu()
+    return exact(values[0], passes=passes, samples=samples, without=values[1:] if len(values) > 1 else None)
 
 
 Draw = Callable[[int, int, Tensor], Tensor]
@@ -114,6 +125,7 @@ class Mean:
         samples: Samples taken, two to a pair.
         converged: Whether the tolerance was met.
         paired: Which models went on with pairs.
+        controls: The control of every sample, `[n, K]`; 0 where there is none.
     """
 
     value: Tensor
@@ -121,6 +133,7 @@ class Mean:
     samples: Tensor
     converged: Tensor
     paired: Tensor
+    controls: Tensor
 
 
 def sample_mean(
@@ -180,6 +193,7 @@ def sample_mean(
         samples,
         converged,
         paired,
+        xs[:done],
     )
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from flatmin.errors import RequestError
 from flatmin.settings import Setting
 from flatmin.sharpness.engine import PRODUCT_PASSES, TANGENT_PASSES, Engine
-from flatmin.sharpness.estimate import Estimate, exact
+from flatmin.sharpness.estimate import Estimate, exact_by_part
+from flatmin.sharpness.products import product
 
 _AGREE = 1e-4
 
@@ -53,9 +54,9 @@ def fisher_rao(
     """
     w = engine.params.double()[None]
     if fisher == "hessian":
-        return exact((w * engine.hvps(w)).sum(dim=(0, 2)).cpu(), passes=PRODUCT_PASSES)
+        return exact_by_part(product(engine, torch.ones_like(w[0]), w).along[0], passes=PRODUCT_PASSES)
     if fisher == "empirical":
-        return exact(engine.slopes(w)[0].square().mean(dim=1).cpu(), passes=TANGENT_PASSES)
+        return exact_by_part(engine.means(engine.slopes(w)[0].square()), passes=TANGENT_PASSES)
 
     of_the_set = _two_targets(engine)
 
@@ -64,7 +65,7 @@ def fisher_rao(
         _check(along, _curvature(engine, outputs, tangents, _others(outputs, targets, of_the_set)))
         return along
 
-    return exact(engine.per_example_along(w, curvature)[0].mean(dim=1).cpu(), passes=TANGENT_PASSES)
+    return exact_by_part(engine.means(engine.per_example_along(w, curvature)[0]), passes=TANGENT_PASSES)
 
 
 def _curvature(engine: Engine, outputs: Tensor, tangents: Tensor, targets: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from flatmin.sharpness.arguments import MaxSamples, MetricChoice, Tolerance
-from flatmin.sharpness.dense import columns
+from flatmin.sharpness.dense import column_products
 from flatmin.sharpness.engine import PRODUCT_PASSES, Engine
-from flatmin.sharpness.estimate import Estimate, exact, sample_mean
+from flatmin.sharpness.estimate import Estimate, exact_by_part, sample_mean
+from flatmin.sharpness.jackknife import mean_of_first
 from flatmin.sharpness.lanczos import krylov
 from flatmin.sharpness.metric import Metric
 from flatmin.sharpness.probes import deflated, probes_outside
@@ -60,7 +61,14 @@ def hessian_frobenius(
         draw, len(engine), tolerance=tolerance, max_samples=max_samples - length, offset=known, function=_root
     )
     samples = mean.samples + spaces.lengths.clamp(max=length).cpu()
-    return Estimate(mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged)
+    without = None
+    if engine.parts:
+        run = outside.runs(0, int(mean.samples.max()), 1, mean.samples > 0)
+        drawn = mean_of_first(run.square[:, None] * run.further, mean.samples.to(engine.device))
+        without = (spaces.replicates(length)[1] + drawn)[1:].sqrt().cpu()
+    return Estimate(
+        mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged, without=without
+    )
 
 
 def _root(square: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +77,5 @@ def _root(square: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact(engine: Engine, metric: Metric) -> Estimate:
-    square = torch.zeros(len(engine), dtype=torch.float64, device=engine.device)
-    for _, part in columns(engine, metric):
-        square += part.square().sum(dim=(0, 2))
-    return exact(square.sqrt().cpu(), passes=PRODUCT_PASSES * engine.n_params, samples=engine.n_params)
+    square = sum((part.square.sum(dim=0) for part in column_products(engine, metric)), torch.zeros(()))
+    return exact_by_part(square.sqrt(), passes=PRODUCT_PASSES * engine.n_params, samples=engine.n_params)

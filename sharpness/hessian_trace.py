@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from flatmin.sharpness.arguments import MaxSamples, MetricChoice, Published, Tolerance
-from flatmin.sharpness.dense import columns
+from flatmin.sharpness.dense import column_products
 from flatmin.sharpness.engine import PRODUCT_PASSES, Engine
-from flatmin.sharpness.estimate import Estimate, exact, sample_mean
+from flatmin.sharpness.estimate import Estimate, exact_by_part, sample_mean
+from flatmin.sharpness.jackknife import mean_of_first
 from flatmin.sharpness.lanczos import krylov
 from flatmin.sharpness.metric import Metric
 from flatmin.sharpness.probes import deflated, probes_outside
@@ -65,11 +66,16 @@ def hessian_trace(
         draw, len(engine), tolerance=tolerance, max_samples=max_samples - length, offset=spaces.trace(length)
     )
     samples = mean.samples + spaces.lengths.clamp(max=length).cpu()
-    return Estimate(mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged)
+    without = None
+    if engine.parts:
+        run = outside.runs(0, int(mean.samples.max()), 1, mean.samples > 0)
+        drawn = mean_of_first(run.square[:, None] * run.along, mean.samples.to(engine.device))
+        without = (spaces.replicates(length)[0] + drawn)[1:].cpu()
+    return Estimate(
+        mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged, without=without
+    )
 
 
 def _exact(engine: Engine, metric: Metric) -> Estimate:
-    value = torch.zeros(len(engine), dtype=torch.float64, device=engine.device)
-    for start, part in columns(engine, metric):
-        value += part[:, :, start : start + len(part)].diagonal(dim1=0, dim2=2).sum(dim=1)
-    return exact(value.cpu(), passes=PRODUCT_PASSES * engine.n_params, samples=engine.n_params)
+    value = sum((part.along.sum(dim=0) for part in column_products(engine, metric)), torch.zeros(()))
+    return exact_by_part(value, passes=PRODUCT_PASSES * engine.n_params, samples=engine.n_params)

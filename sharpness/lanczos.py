@@ -8,6 +8,7 @@ Eigenvalue Problem, 1980 (full reorthogonalisation, residual bounds).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from torch.nn.functional import pad
 
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.metric import Metric
+from flatmin.sharpness.products import product
 
 _BLOCK = 8
 _EXHAUSTED = 1e-12
+_ROUND = 8
+"""Steps between two looks at eigenvectors."""
 
 
 class Krylov:
@@ -42,6 +46,7 @@ class Krylov:
         """Models whose space cannot grow: it is invariant, or something was not finite; `[K]`."""
         self.alpha = torch.zeros(models, 0, dtype=torch.float64, device=device)
         self.beta = self.alpha
+        self._along = self._square = torch.zeros(1 + engine.parts, models, 0, dtype=torch.float64, device=device)
         self._blocks: list[Tensor] = []
         first = engine.vectors("normal", "lanczos", start, 1)[0]
         self._next = first / first.norm(dim=1, keepdim=True)
@@ -102,6 +107,13 @@ class Krylov:
         """Return the trace of D H D within the first `length` vectors of every model, float64 `[K]`."""
         return self.alpha[:, :length].sum(dim=1)
 
+    def replicates(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the sums of q . A q and |A q|^2 over the first `length` vectors q, each float64 `[1 + P, K]`.
+
+        A is D H D of all examples and, of a subset, of all but each part.
+        """
+        return self._along[..., :length].sum(dim=2), self._square[..., :length].sum(dim=2)
+
     def deflate(self, vectors: Tensor, length: int) -> Tensor:
         """Return vectors `[S, K, d]` without their part in the first `length` vectors of every model."""
         z = vectors.transpose(0, 1)
@@ -124,7 +136,8 @@ class Krylov:
         place, rows = self.lengths, growing[:, None]
         self._store(growing)
         q = self._next
-        z = torch.where(rows, self.d * self.engine.hvp(self.d * q, growing), 0.0)
+        found = product(self.engine, self.d, q[None], growing)
+        z = torch.where(rows, found.of_all[0], 0.0)
         alpha = (q * z).sum(dim=1)
         before = z.norm(dim=1)
         for _ in range(2):
@@ -137,6 +150,8 @@ class Krylov:
         chosen = torch.nonzero(growing).flatten()
         self.alpha[chosen, place[chosen]] = alpha[chosen]
         self.beta[chosen, place[chosen]] = beta[chosen]
+        self._along[:, chosen, place[chosen]] = found.along[0][:, chosen]
+        self._square[:, chosen, place[chosen]] = found.square[0][:, chosen]
         self.lengths = self.lengths + growing
         self.ended = self.ended | (growing & (exhausted | ~alpha.isfinite() | ~beta.isfinite()))
         self._next = torch.where(growing[:, None] & ~self.ended[:, None], z / beta[:, None], self._next)
@@ -148,6 +163,8 @@ class Krylov:
         self._blocks.append(torch.zeros(models, size, dimension, **options))
         more = torch.zeros(models, _BLOCK, **options)
         self.alpha, self.beta = torch.cat([self.alpha, more], dim=1), torch.cat([self.beta, more], dim=1)
+        wide = more.expand(1 + self.engine.parts, -1, -1)
+        self._along, self._square = torch.cat([self._along, wide], dim=2), torch.cat([self._square, wide], dim=2)
 
     def _store(self, growing: Tensor) -> None:
         """Write each growing model's next vector at its place."""
@@ -179,3 +196,45 @@ def krylov(engine: Engine, metric: Metric) -> Krylov:
     """Return the engine's Krylov spaces in a metric, the same ones for every measure."""
     spaces: Krylov = engine.shared(("krylov", metric), lambda: Krylov(engine, metric))
     return spaces
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Displacements of length 1 in their own units.
+
+    Attributes:
+        vectors: The displacements, float64 `[count, K, d]`.
+        found: Whether they are what they should be, bool `[K]`.
+        products: Hessian-vector products that it took, int64 `[K]`.
+    """
+
+    vectors: Tensor
+    found: Tensor
+    products: Tensor
+
+
+def top_directions(engine: Engine, metric: Metric, count: int, *, tolerance: float, max_steps: int) -> Directions:
+    """Return D v for the largest eigenvalues of D H D, from Krylov spaces as short as will do.
+
+    Args:
+        engine: The models.
+        metric: The metric.
+        count: How many eigenvalues.
+        tolerance: The residual, as a fraction of its eigenvalue, at which a vector will do.
+        max_steps: The longest space.
+    """
+    spaces, d = krylov(engine, metric), engine.scale(metric)
+    vectors = torch.zeros(count, *d.shape, dtype=torch.float64, device=engine.device)
+    active = torch.ones(len(engine), dtype=torch.bool, device=engine.device)
+    found, products = torch.zeros_like(active), torch.zeros_like(active, dtype=torch.int64)
+    most = min(max_steps, spaces.capacity)
+    for length in sorted({*range(2 * _ROUND, most, _ROUND), most}):
+        spaces.grow(length, active)
+        theta, residual, v = spaces.leading(length, count, active)
+        vectors = torch.where(active[:, None], d * v, vectors)
+        products = torch.where(active, spaces.lengths.clamp(max=length), products)
+        found = found | (active & (residual <= tolerance * theta.abs()).all(dim=0))
+        active = active & ~found & theta.isfinite().all(dim=0)
+        if not bool(active.any()):
+            break
+    return Directions(vectors, found, products)

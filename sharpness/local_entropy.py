@@ -74,7 +74,7 @@ def local_entropy(
     sigma = 1 / gamma if deviation == "reciprocal" else gamma**-0.5
     sign = 1.0 if exponent == "loss" else -1.0
     every = torch.ones(len(engine), dtype=torch.bool)
-    first = noisy_losses(engine, sigma, metric)(0, min(FEWEST, max_samples), every)
+    first = noisy_losses(engine, sigma, metric)(0, min(FEWEST, max_samples), every)[:, 0]
     largest = (sign * first).amax(dim=0)
 
     def minus_log(mean: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def local_entropy(
         metric,
         tolerance=tolerance,
         max_samples=max_samples,
-        of_loss=lambda losses: (sign * losses - largest).exp(),
+        of_loss=lambda losses, _: (sign * losses - largest).exp(),
         function=minus_log,
     )
     return replace(

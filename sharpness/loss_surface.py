@@ -18,7 +18,6 @@ grid points that lie within `reach` of the centre: 0 at least, for the centre is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -28,11 +27,10 @@ from flatmin.settings import Setting
 from flatmin.sharpness.arguments import MetricChoice
 from flatmin.sharpness.engine import LOSS_PASSES, PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Curve, Estimate
-from flatmin.sharpness.lanczos import krylov
+from flatmin.sharpness.lanczos import Directions, top_directions
 from flatmin.sharpness.metric import Metric
 
 _EIGENVECTOR_STEPS = 64
-_EIGENVECTOR_ROUND = 8
 _RESIDUAL = 1e-3
 """The residual, as a fraction of its eigenvalue, at which an eigenvector will do for a picture."""
 
@@ -96,30 +94,15 @@ def loss_surface(
     )
 
 
-@dataclass(frozen=True)
-class _Directions:
-    """Displacements of length 1 in their own units `[dimensions, K, d]`.
-
-    Attributes:
-        vectors: The displacements.
-        found: Whether they are what they should be, bool `[K]`.
-        products: Hessian-vector products that it took, int64 `[K]`.
-    """
-
-    vectors: Tensor
-    found: Tensor
-    products: Tensor
-
-
-def _directions(engine: Engine, kind: str, dimensions: int, metric: Metric, move_vectors: bool) -> _Directions:
+def _directions(engine: Engine, kind: str, dimensions: int, metric: Metric, move_vectors: bool) -> Directions:
     if kind == "hessian":
-        return _eigenvectors(engine, dimensions, metric)
+        return top_directions(engine, metric, dimensions, tolerance=_RESIDUAL, max_steps=_EIGENVECTOR_STEPS)
     vectors = _filter_normalised(engine, dimensions, move_vectors)
     if kind == "initial":
         home = engine.initial_weights().double() - engine.params.double()
         vectors = torch.cat([home[None], vectors[: dimensions - 1]])
     every = torch.ones(len(engine), dtype=torch.bool, device=engine.device)
-    return _Directions(vectors, every, torch.zeros_like(every, dtype=torch.int64))
+    return Directions(vectors, every, torch.zeros_like(every, dtype=torch.int64))
 
 
 def _filter_normalised(engine: Engine, count: int, move_vectors: bool) -> Tensor:
@@ -135,25 +118,6 @@ def _filter_normalised(engine: Engine, count: int, move_vectors: bool) -> Tensor
         moves = len(shape) > 1 or move_vectors
         parts.append((scaled if moves else torch.zeros_like(scaled)).flatten(2))
     return torch.cat(parts, dim=2)
-
-
-def _eigenvectors(engine: Engine, count: int, metric: Metric) -> _Directions:
-    """Return D v for the largest eigenvalues of D H D, from Krylov spaces as short as will do."""
-    spaces, d = krylov(engine, metric), engine.scale(metric)
-    vectors = torch.zeros(count, *d.shape, dtype=torch.float64, device=engine.device)
-    active = torch.ones(len(engine), dtype=torch.bool, device=engine.device)
-    found, products = torch.zeros_like(active), torch.zeros_like(active, dtype=torch.int64)
-    most = min(_EIGENVECTOR_STEPS, spaces.capacity)
-    for length in sorted({*range(2 * _EIGENVECTOR_ROUND, most, _EIGENVECTOR_ROUND), most}):
-        spaces.grow(length, active)
-        theta, residual, v = spaces.leading(length, count, active)
-        vectors = torch.where(active[:, None], d * v, vectors)
-        products = torch.where(active, spaces.lengths.clamp(max=length), products)
-        found = found | (active & (residual <= _RESIDUAL * theta.abs()).all(dim=0))
-        active = active & ~found & theta.isfinite().all(dim=0)
-        if not bool(active.any()):
-            break
-    return _Directions(vectors, found, products)
 
 
 def _losses(engine: Engine, directions: Tensor, places: Tensor) -> Tensor:

@@ -1,40 +1,23 @@
-"""From labels to rows: measure a stack and write down what was found.
-
-A measure of a subset of m of n examples (`lpf(subset=2000)`) is taken again on G = 16 disjoint groups of m / G of them,
-with the first of the same random vectors and no more than a rough tolerance asks for, so that all groups together cost
-no more than the subset. With V the variance of the groups' values,
-
-    sampling error^2 = V / G (1 - m / n) + b^2,    b = (mean of the groups - value) / (G - 1) (1 - m / n),
-
-is added to the measure's own variance. The first term is exact for a mean over examples, and for any measure that is
-close to one in the neighbourhood of a group's size; b is the bias of a value that changes like 1 / m, as the largest
-eigenvalue or a norm of a gradient does. Source: the method of random groups with a finite-population correction
-(Wolter, Introduction to Variance Estimation, 2007, chapter 2), and the jackknife's bias (Quenouille 1956).
-"""
+"""From labels to rows: measure a stack and write down what was found."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flatmin import plugins
-from flatmin.errors import FlatminError
+from flatmin.errors import FlatminError, RequestError
 from flatmin.labels import MeasureLabel, parse_label
 from flatmin.sharpness.engine import Engine
-from flatmin.sharpness.estimate import Curve, Estimate
+from flatmin.sharpness.estimate import Curve, Estimate, exact
 from flatmin.sharpness.subject import subject
-
-GROUPS = 16
-
-_ROUGH = 0.2
-"""The tolerance of a group's value: groups are compared among themselves, and share the noise of their vectors."""
+from flatmin.sharpness.subsets import with_sampling_error
 
 
 @dataclass(frozen=True)
@@ -44,13 +27,15 @@ class Measured:
     Attributes:
         rows: For each label, in their order, one row per model with the columns measure, label, value, stderr,
             samples, passes, converged, metric, seconds (of this measure, divided by K) and settings (JSON) of the
-            table `sharpness/`. What is undefined is None.
-        points: For each label, for each model, the points of its curves with the columns kind, settings (JSON), x, y
-            and value of the table `spectra/`.
+            table `sharpness/`. What is undefined is None. A label that failed has none.
+        points: For each of the same labels, for each model, the points of its curves with the columns kind, settings
+            (JSON), x, y and value of the table `spectra/`.
+        failed: The labels that failed, and why.
     """
 
     rows: list[list[dict[str, Any]]]
     points: list[list[list[dict[str, Any]]]]
+    failed: Mapping[str, FlatminError] = field(default_factory=dict)
 
 
 def measure_stack(engine: Engine, labels: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -58,7 +43,7 @@ def measure_stack(engine: Engine, labels: Sequence[str]) -> list[list[dict[str, 
     return measure_all(engine, labels).rows
 
 
-def measure_all(engine: Engine, labels: Sequence[str]) -> Measured:
+def measure_all(engine: Engine, labels: Sequence[str], *, keep_going: bool = False) -> Measured:
     """Measure every model of a stack.
 
     A value depends on the model, its key and the label alone, not on the other labels or their order; only
@@ -67,6 +52,9 @@ def measure_all(engine: Engine, labels: Sequence[str]) -> Measured:
     Args:
         engine: The models.
         labels: Measures as a person writes them, `lpf` or `lpf(sigma=0.002, data=test)`.
+        keep_going: Whether a measure that cannot be taken costs no other. What is refused would be refused again, so
+            it has rows without a value, with the reason in their `settings` under `refused`; what fails in another
+            way is in `failed`.
 
     Raises:
         RequestError: A label names no measure, or gives it what it cannot take; nothing was measured then.
@@ -74,92 +62,88 @@ def measure_all(engine: Engine, labels: Sequence[str]) -> Measured:
             the label as a note, so that a caller can try again with fewer models.
     """
     parsed = [parse_label(text) for text in labels]
-    found: dict[str, tuple[Estimate, float]] = {}
+    found: dict[str, _Found] = {}
     for common in {json.dumps(label.common, sort_keys=True): label.common for label in parsed}.values():
-        found.update(_measure_subject(engine, common, [label for label in parsed if label.common == common]))
-    rows, points = [], []
+        own = [label for label in parsed if label.common == common]
+        for label, result in _of_subject(engine, common, own):
+            if isinstance(result, FlatminError) and not keep_going:
+                raise result
+            found[label.label] = result
+    whole, failed = Measured([], []), dict[str, FlatminError]()
     for label in parsed:
-        estimate, seconds = found[label.label]
-        rows.append([_row(label, estimate, seconds / len(engine), k) for k in range(len(engine))])
-        points.append([_points(label, estimate.curves, k) for k in range(len(engine))])
-    return Measured(rows, points)
+        result = found[label.label]
+        if isinstance(result, RequestError):
+            whole.rows.append([row_without_value(label, refused=str(result)) for _ in range(len(engine))])
+            whole.points.append([[] for _ in range(len(engine))])
+        elif isinstance(result, FlatminError):
+            failed[label.label] = result
+        else:
+            estimate, seconds = result
+            whole.rows.append([_row(label, estimate, seconds / len(engine), k) for k in range(len(engine))])
+            whole.points.append([_points(label, estimate.curves, k) for k in range(len(engine))])
+    return replace(whole, failed=failed)
 
 
-def _measure_subject(
+def refused(labels: Sequence[str], models: int, error: RequestError) -> Measured:
+    """Return what `measure_all` finds of so many models whose network no measure can be taken of."""
+    rows = [[row_without_value(parse_label(text), refused=str(error)) for _ in range(models)] for text in labels]
+    return Measured(rows, [[[] for _ in range(models)] for _ in labels])
+
+
+def row_without_value(label: MeasureLabel, **why: str) -> dict[str, Any]:
+    """Return the row of a measure that was not taken, with the reason in its settings under its kind."""
+    reasons = {kind: reason.removeprefix(_failed(label, "")) for kind, reason in why.items()}
+    row = _row(label, exact(torch.full((1,), torch.nan), passes=0.0, samples=0), 0.0, 0)
+    return {**row, "settings": json.dumps({**_settings(label), **reasons}, sort_keys=True)}
+
+
+_Found = tuple[Estimate, float] | FlatminError
+"""An estimate and its seconds, or why there is none."""
+
+
+def _of_subject(
     engine: Engine, common: Mapping[str, Any], labels: Sequence[MeasureLabel]
-) -> dict[str, tuple[Estimate, float]]:
-    """Take measures of the same examples and loss; their engine goes when they are done."""
+) -> Iterator[tuple[MeasureLabel, _Found]]:
+    """Yield what is found of measures of the same examples and loss; their engine goes when they are done."""
     try:
         chosen = subject(engine, **common)
     except FlatminError as error:
-        raise type(error)(f"measure {labels[0].label} failed: {error}") from error
-    found = {label.label: _timed(chosen, label) for label in labels}
-    return _with_sampling_error(chosen, labels, found) if chosen.is_subset else found
+        for label in labels:
+            yield label, type(error)(_failed(label, error))
+        return
+    for label in labels:
+        try:
+            yield label, _timed(chosen, label)
+        except FlatminError as error:
+            yield label, error
 
 
 def _timed(engine: Engine, label: MeasureLabel) -> tuple[Estimate, float]:
-    function = plugins.get("measure", label.measure).load()
     start = time.perf_counter()
     try:
-        estimate: Estimate = function(engine, **label.arguments)
+        estimate = _taken(engine, label)
+        if engine.is_subset:
+            estimate = with_sampling_error(engine, label, estimate, _taken)
     except (MemoryError, torch.OutOfMemoryError) as error:
         error.add_note(f"while measuring {label.label}")
         raise
     except FlatminError as error:
-        raise type(error)(f"measure {label.label} failed: {error}") from error
+        raise type(error)(_failed(label, error)) from error
     except Exception as error:
-        raise FlatminError(f"measure {label.label} failed: {type(error).__name__}: {error}") from error
-    tensors = {name: getattr(estimate, name).detach().cpu() for name in _COLUMNS}
-    return replace(estimate, **tensors), time.perf_counter() - start
+        raise FlatminError(_failed(label, f"{type(error).__name__}: {error}")) from error
+    return estimate, time.perf_counter() - start
+
+
+def _taken(engine: Engine, label: MeasureLabel) -> Estimate:
+    estimate: Estimate = plugins.get("measure", label.measure).load()(engine, **label.arguments)
+    return replace(estimate, **{name: getattr(estimate, name).detach().cpu() for name in _COLUMNS})
 
 
 _COLUMNS = ("value", "stderr", "samples", "passes", "converged")
 
 
-def _with_sampling_error(
-    sample: Engine, labels: Sequence[MeasureLabel], found: Mapping[str, tuple[Estimate, float]]
-) -> dict[str, tuple[Estimate, float]]:
-    """Return the measures of a subset with what drawing it adds to their stderr, passes and seconds."""
-    size = sample.n_examples // GROUPS
-    parts: dict[str, list[tuple[Estimate, float]]] = {label.label: [] for label in labels}
-    for engine in sample.groups(GROUPS):
-        for label in labels:
-            parts[label.label].append(_timed(engine, _roughly(label)))
-    share, group_share = sample.n_examples / sample.population, size / sample.population
-    together = {}
-    for name, of_groups in parts.items():
-        estimate, seconds = found[name]
-        values, passes = (
-            torch.cat([getattr(part, column) for part, _ in of_groups]).double().reshape(GROUPS, len(sample))
-            for column in ("value", "passes")
-        )
-        error = (estimate.stderr.square() + _sampling_variance(estimate.value, values, size, sample)).sqrt()
-        widened = replace(
-            estimate,
-            stderr=error,
-            passes=estimate.passes * share + passes.sum(dim=0) * group_share,
-            converged=estimate.converged & (error <= _tolerance(name) * estimate.value.abs()),
-        )
-        together[name] = widened, seconds + sum(taken for _, taken in of_groups)
-    return together
-
-
-def _roughly(label: MeasureLabel) -> MeasureLabel:
-    """Return a measure with its tolerance widened, if it has one."""
-    rough = max(_ROUGH, label.arguments.get("tolerance", 0.0))
-    return replace(label, arguments={name: rough if name == "tolerance" else v for name, v in label.arguments.items()})
-
-
-def _tolerance(label: str) -> float:
-    """Return the tolerance of a measure, relative to its value; one that has none only needs a finite stderr."""
-    return float(parse_label(label).arguments.get("tolerance", math.inf))
-
-
-def _sampling_variance(value: Tensor, of_groups: Tensor, size: int, sample: Engine) -> Tensor:
-    """Return the mean squared error of values `[K]` of a sample, from those of its groups `[G, K]`."""
-    left_out = 1 - sample.n_examples / sample.population
-    bias = (of_groups.mean(dim=0) - value) / (len(of_groups) - 1) * left_out
-    return of_groups.var(dim=0) * (size / sample.n_examples) * left_out + bias.square()
+def _failed(label: MeasureLabel, why: object) -> str:
+    return f"measure {label.label} failed: {why}"
 
 
 def _row(label: MeasureLabel, estimate: Estimate, seconds: float, k: int) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from flatmin.sharpness.engine import LOSS_PASSES, PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import FEWEST, Estimate, controlled_mean
 from flatmin.sharpness.lanczos import krylov, krylov_capacity
 from flatmin.sharpness.metric import Metric
+from flatmin.sharpness.smoothed import losses_at_centre
 
 _FIRST_SIGMA = 0.01
 _ROUGH_PAIRS = 4
@@ -104,14 +105,16 @@ def pac_bayes(
     middle = search.crossing(_ROUGH_PAIRS, square.isfinite())
     value, stderr = (torch.full((models,), torch.nan, dtype=torch.float64) for _ in range(2))
     pairs, converged = torch.zeros(models, dtype=torch.int64), torch.zeros(models, dtype=torch.bool)
+    without = torch.full((engine.parts, models), torch.nan, dtype=torch.float64)
     active, count = middle.isfinite(), 0
     while count < most and bool(active.any()):
         count = min(most, count + (_ROUND if count >= FEWEST else FEWEST))
         root = search.root(middle, count, active)
         middle = root.middle
-        norm = square / (4 * torch.exp(2 * root.log_sigma))
+        norm = square / (4 * torch.exp(2 * root.log_sigma[0]))
+        without = torch.where(active, square / (4 * torch.exp(2 * root.log_sigma[1:])) + constant, without)
         value = torch.where(active, norm + constant, value)
-        stderr = torch.where(active, 2 * norm * root.stderr, stderr)
+        stderr = torch.where(active, 2 * norm * root.stderr[0], stderr)
         pairs = torch.where(active, count, pairs)
         converged |= active & (count >= FEWEST) & (stderr <= tolerance * value.abs())
         active = active & ~converged & value.isfinite()
@@ -125,6 +128,7 @@ def pac_bayes(
         2 * pairs,
         search.passes(),
         converged,
+        without=without if engine.parts else None,
     )
 
 
@@ -141,12 +145,15 @@ class _Rises:
     def __init__(self, engine: Engine, metric: Metric) -> None:
         self.engine, self.metric, self.d = engine, metric, engine.scale(metric)
         self.length = min(_LENGTH, krylov_capacity(engine))
-        self.base = engine.losses().cpu()
+        self.base = losses_at_centre(engine).cpu()
+        """The losses at w, `[1 + P, K]`."""
         self.evaluations = torch.zeros(len(engine), dtype=torch.int64)
         """Losses taken of each model, `[K]`."""
 
     def at(self, log_sigma: Tensor, first: int, count: int, active: Tensor) -> Tensor:
-        """Return the rises of pairs, float64 `[count, K]`, NaN for models that are not active, bool `[K]`.
+        """Return the rises of pairs, float64 `[count, 1 + P, K]`, NaN for models that are not active, bool `[K]`.
+
+        They are of all examples and, of a subset, of all but each part.
 
         Args:
             log_sigma: `[K]`.
@@ -159,7 +166,7 @@ class _Rises:
         parts = []
         for start, size in self.engine.portions(first, count):
             u = sigma * self.d * self.engine.vectors("normal", "perturbation", start, size)
-            both = [self.engine.losses_at(way * u, active.to(device)) for way in (1, -1)]
+            both = [self.engine.replicates_at(way * u, active.to(device)) for way in (1, -1)]
             parts.append((both[0] + both[1]).cpu() / 2 - self.base)
         self.evaluations += 2 * count * active
         return torch.cat(parts)
@@ -181,8 +188,8 @@ class _Root:
     """Where the mean rise is epsilon.
 
     Attributes:
-        log_sigma: `[K]`; NaN where it was not found.
-        stderr: Its standard error, `[K]`.
+        log_sigma: Of all examples and, of a subset, of all but each part, `[1 + P, K]`; NaN where it was not found.
+        stderr: Its standard error, `[1 + P, K]`.
         middle: The log sigma about which the pairs were taken, `[K]`.
     """
 
@@ -196,9 +203,9 @@ class _Search:
 
     def __init__(self, rises: _Rises, epsilon: float) -> None:
         self.rises, self.epsilon = rises, epsilon
-        models = len(rises.base)
-        self._pairs = torch.zeros(0, models, dtype=torch.float64)
-        self._stepped = torch.zeros(0, models, dtype=torch.float64)
+        replicates, models = rises.base.shape
+        self._pairs = torch.zeros(0, replicates, models, dtype=torch.float64)
+        self._stepped = torch.zeros(0, replicates, models, dtype=torch.float64)
         self._way = torch.ones(models, dtype=torch.float64)
         self._around = torch.full((models,), torch.nan, dtype=torch.float64)
         self._controls = torch.zeros(0, models, dtype=torch.float64)
@@ -212,15 +219,15 @@ class _Search:
 
     def crossing(self, pairs: int, active: Tensor) -> Tensor:
         """Return a log sigma near the root by the first so many pairs, `[K]`; NaN where there is none."""
-        active = active & self.rises.base.isfinite()
-        x = torch.full_like(self.rises.base, math.log(_FIRST_SIGMA))
+        active = active & self.rises.base[0].isfinite()
+        x = torch.full_like(self.rises.base[0], math.log(_FIRST_SIGMA))
         result = torch.full_like(x, torch.nan)
         low, high = torch.full_like(x, -math.inf), torch.full_like(x, math.inf)
         low_rise, high_rise = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
         for _ in range(_MOST_TRIALS):
             if not bool(active.any()):
                 break
-            rise = self.rises.at(x, 0, pairs, active).mean(dim=0)
+            rise = self.rises.at(x, 0, pairs, active)[:, 0].mean(dim=0)
             rise = torch.where(rise.isfinite(), rise, math.inf)
             ratio = torch.log(rise.clamp(min=0) / self.epsilon)
             above = active & (ratio >= 0)
@@ -241,18 +248,18 @@ class _Search:
 
         Where the line leads nowhere, because a few pairs misjudged a curved rise, all pairs find the middle anew.
         """
-        log_sigma, stderr = (torch.full_like(middle, torch.nan) for _ in range(2))
+        log_sigma, stderr = (torch.full_like(self.rises.base, torch.nan) for _ in range(2))
         for _ in range(_MOST_MOVES):
             if not bool(active.any()):
                 break
             self._take(middle, count, active)
             x, error = self._on_line(middle, count)
-            offset = x - middle
+            offset = x[0] - middle
             inside = active & (offset.abs() <= _REACH)
             log_sigma, stderr = torch.where(inside, x, log_sigma), torch.where(inside, error, stderr)
             active = active & ~inside
             lost = active & ~(offset.abs() <= 1)
-            middle = torch.where(active & ~lost, x, middle)
+            middle = torch.where(active & ~lost, x[0], middle)
             if bool(lost.any()):
                 middle = torch.where(lost, self.crossing(count, lost), middle)
                 active = active & middle.isfinite()
@@ -265,7 +272,7 @@ class _Search:
         taken, stepped = len(self._pairs), len(self._stepped)
         self._pairs = self._with(self._pairs, middle, 0, count, moved)
         if bool(moved.any()):
-            below = self._pairs.mean(dim=0) < self.epsilon
+            below = self._pairs[:, 0].mean(dim=0) < self.epsilon
             self._way = torch.where(moved, torch.where(below, 1.0, -1.0), self._way)
         self._pairs = self._with(self._pairs, middle, taken, count, staying)
         away, few = middle + self._way * _STEP, _stepped_of(count)
@@ -274,25 +281,25 @@ class _Search:
         self._around = torch.where(active, middle, self._around)
 
     def _with(self, pairs: Tensor, log_sigma: Tensor, first: int, count: int, rows: Tensor) -> Tensor:
-        """Return pairs `[n, K]` with those from `first` up to `count` taken at `log_sigma` for some models."""
+        """Return pairs `[n, 1 + P, K]` with those from `first` up to `count` taken at `log_sigma` for some models."""
         missing = count - len(pairs)
         if missing > 0:
-            pairs = torch.cat([pairs, pairs.new_full((missing, len(log_sigma)), torch.nan)])
+            pairs = torch.cat([pairs, pairs.new_full((missing, *pairs.shape[1:]), torch.nan)])
         if first < count and bool(rows.any()):
             new = self.rises.at(log_sigma, first, count - first, rows)
             pairs[first:count] = torch.where(rows, new, pairs[first:count])
         return pairs
 
     def _controls_of(self, count: int) -> Tensor:
-        """Return the control of each pair, `[count, K]`, 0 for models that are not controlled."""
+        """Return the control of each pair, `[count, 1, K]`, 0 for models that are not controlled."""
         if bool(self.controlled.any()) and len(self._controls) < count:
             first = len(self._controls)
             more = self.rises.curved(first, count - first, self.controlled)
             self._controls = torch.cat([self._controls, torch.where(self.controlled, more, 0.0)])
-        return self._controls if bool(self.controlled.any()) else torch.zeros_like(self._pairs[:count])
+        return self._controls[:, None] if bool(self.controlled.any()) else torch.zeros_like(self._pairs[:count, :1])
 
     def _on_line(self, middle: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the root by the first `count` pairs, `[K]`, and its standard error."""
+        """Return the root by the first `count` pairs, `[1 + P, K]`, and its standard error."""
         pairs, controls, few = self._pairs[:count], self._controls_of(count), _stepped_of(count)
         rise, error = controlled_mean(pairs, controls)
         near, far = (side[:few] for side in (pairs, self._stepped))

@@ -9,7 +9,7 @@ Analysis of stochastic Lanczos quadrature for spectrum approximation).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.lanczos import krylov, krylov_capacity
 from flatmin.sharpness.metric import Metric
+from flatmin.sharpness.products import product
 
 _EXHAUSTED = 1e-12
 _DEFLATED_SHARE = 8
@@ -34,11 +35,15 @@ class Runs:
         square: |z|^2, float64 `[S, K]`.
         alpha: Float64 `[S, K, n]`; 0 after a run's space became invariant.
         beta: The same, of which the last is the norm of what is left.
+        along: q . A q of the first step's unit vector q, `[S, 1 + P, K]`: see `flatmin.sharpness.products`.
+        further: |A q|^2 of the same.
     """
 
     square: Tensor
     alpha: Tensor
     beta: Tensor
+    along: Tensor
+    further: Tensor
 
 
 class Probes:
@@ -73,9 +78,9 @@ class Probes:
             if short:
                 self._run(range(short[0], short[-1] + 1), steps, torch.stack(lacking).any(dim=0))
             parts += [self._made[number][1] for number in numbers]
-        square = torch.stack([part.square[0] for part in parts])
         alpha, beta = (torch.stack([_first(getattr(part, name)[0], steps) for part in parts]) for name in _LISTED)
-        return Runs(square, alpha, beta)
+        square, along, further = (torch.cat([getattr(part, name) for part in parts]) for name in _SINGLE)
+        return Runs(square, alpha, beta, along, further)
 
     def _steps_of(self, number: int) -> Tensor:
         """Return how many steps of a probe are known, `[K]`."""
@@ -87,7 +92,7 @@ class Probes:
         """Run some probes of some models from the start and keep what was found, one at a time."""
         new = self._lanczos(numbers, steps, lacking)
         for s, number in enumerate(numbers):
-            one = Runs(new.square[s : s + 1], new.alpha[s : s + 1], new.beta[s : s + 1])
+            one = Runs(*(getattr(new, field.name)[s : s + 1] for field in fields(Runs)))
             if number in self._made:
                 old = self._made[number][1]
                 width = max(steps, old.alpha.shape[-1])
@@ -96,7 +101,10 @@ class Probes:
                     torch.where(chosen, _first(getattr(one, name), width), _first(getattr(old, name), width))
                     for name in _LISTED
                 )
-                one = Runs(torch.where(lacking, one.square, old.square), alpha, beta)
+                square, along, further = (
+                    torch.where(lacking, getattr(one, name), getattr(old, name)) for name in _SINGLE
+                )
+                one = Runs(square, alpha, beta, along, further)
             self._made[number] = torch.where(lacking, steps, self._steps_of(number)), one
 
     def _lanczos(self, numbers: range, steps: int, lacking: Tensor) -> Runs:
@@ -108,8 +116,9 @@ class Probes:
         q = torch.where(used[..., None], z / square.sqrt()[..., None], 0.0)
         before, beta, scale = torch.zeros_like(q), torch.zeros_like(square), torch.zeros_like(square)
         alphas, betas = [], []
-        for _ in range(steps):
-            z = d * self.engine.hvps(d * q, lacking) - beta[..., None] * before
+        first = product(self.engine, d, q, lacking)
+        for step in range(steps):
+            z = first.of_all.clone() if step == 0 else d * self.engine.hvps(d * q, lacking) - beta[..., None] * before
             alpha = (q * z).sum(dim=2)
             z -= alpha[..., None] * q
             beta = z.norm(dim=2)
@@ -118,10 +127,10 @@ class Probes:
             alphas.append(alpha)
             betas.append(beta)
             before, q = q, torch.where((beta == 0)[..., None], 0.0, z / beta[..., None])
-        return Runs(square, torch.stack(alphas, dim=2), torch.stack(betas, dim=2))
+        return Runs(square, torch.stack(alphas, dim=2), torch.stack(betas, dim=2), first.along, first.square)
 
 
-_LISTED = ("alpha", "beta")
+_LISTED, _SINGLE = ("alpha", "beta"), ("square", "along", "further")
 
 
 def _first(coefficients: Tensor, steps: int) -> Tensor:

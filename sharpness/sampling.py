@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,6 +19,45 @@ def cut(batch: Batch, size: int) -> list[Batch]:
     xs = torch.split(batch.x, size, dim=0 if batch.shared else 1)
     ys = torch.split(batch.y, size, dim=1)
     return [Batch(x, y, batch.shared) for x, y in zip(xs, ys, strict=True)]
+
+
+def edges(count: int, parts: int) -> list[int]:
+    """Return where consecutive parts of about equal size begin, of so many examples.
+
+    >>> edges(10, 4)
+    [0, 2, 5, 7]
+    """
+    return [part * count // parts for part in range(parts)]
+
+
+def cut_at(batches: Sequence[Batch], bounds: Sequence[int]) -> tuple[list[Batch], list[int]]:
+    """Cut batches where consecutive parts begin; return what comes of it and the number of each one's part.
+
+    Args:
+        batches: The set, cut in any way.
+        bounds: The first example of each part, ascending, counted through all batches; 0 first.
+    """
+    made, numbers, start = [], [], 0
+    for batch in batches:
+        stop = start + batch.y.shape[1]
+        inner = [bound - start for bound in bounds if start < bound < stop]
+        xs = torch.tensor_split(batch.x, inner, dim=0 if batch.shared else 1)
+        ys = torch.tensor_split(batch.y, inner, dim=1)
+        pairs = zip(xs, ys, strict=True)
+        made += [batch] if not inner else [Batch(x, y, batch.shared) for x, y in pairs]
+        numbers += [bisect_right(bounds, start + place) - 1 for place in [0, *inner]]
+        start = stop
+    return made, numbers
+
+
+def membership(batches: Sequence[Batch], parts: int) -> list[Tensor]:
+    """Return which examples of each batch lie in which part, as float64 `[P, b]` of ones and zeros."""
+    count = sum(batch.y.shape[1] for batch in batches)
+    device = batches[0].y.device
+    bounds = torch.tensor([*edges(count, parts), count], device=device)
+    part = torch.searchsorted(bounds, torch.arange(count, device=device), right=True) - 1
+    inside = (part == torch.arange(parts, device=device)[:, None]).double()
+    return list(torch.split(inside, [batch.y.shape[1] for batch in batches], dim=1))
 
 
 def take(batches: Sequence[Batch], index: Tensor, *, alike: bool) -> Batch:

@@ -8,7 +8,7 @@ no neighbourhood of the weights, and is among the measures because theirs hold i
 from __future__ import annotations
 
 from flatmin.sharpness.engine import LOSS_PASSES, Engine
-from flatmin.sharpness.estimate import Estimate, exact
+from flatmin.sharpness.estimate import Estimate, exact_by_part
 from flatmin.sharpness.outputs import entropy
 
 REFUSES = {
@@ -23,4 +23,4 @@ def shannon_entropy(engine: Engine) -> Estimate:
     Args:
         engine: The models.
     """
-    return exact(engine.per_example(entropy).mean(dim=1).cpu(), passes=LOSS_PASSES)
+    return exact_by_part(engine.means(engine.per_example(entropy)), passes=LOSS_PASSES)

@@ -7,16 +7,29 @@ ResNet-18 at sigma = 0.01 the two together save 9 draws of 10, and neither one a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flatmin.sharpness.engine import LOSS_PASSES, PRODUCT_PASSES, Engine
-from flatmin.sharpness.estimate import FEWEST, FEWEST_PAIRS, Antithetic, Draw, Estimate, Function, sample_mean
+from flatmin.sharpness.estimate import (
+    FEWEST,
+    FEWEST_PAIRS,
+    Antithetic,
+    Draw,
+    Estimate,
+    Function,
+    Mean,
+    controlled_mean,
+    sample_mean,
+)
 from flatmin.sharpness.lanczos import krylov, krylov_capacity
 from flatmin.sharpness.metric import Metric
+
+OfLoss = Callable[[Tensor, Tensor], Tensor]
+"""`of_loss(losses, centre)` changes losses `[S, 1 + P, K]`, given those at w, `[1 + P, K]`: 0 if not asked for."""
 
 _LENGTH = 16
 _WORTHWHILE = 2 * FEWEST_PAIRS - FEWEST
@@ -31,13 +44,12 @@ def smoothed_mean(
     *,
     tolerance: float,
     max_samples: int,
-    of_loss: Callable[[Tensor], Tensor] | None = None,
-    offset: Tensor | None = None,
+    of_loss: OfLoss | None = None,
     function: Function | None = None,
+    above_centre: bool = False,
     paired: bool = True,
-    further_passes: float = 0.0,
 ) -> Estimate:
-    """Average a function of L(w + D u) over u ~ N(0, sigma^2 I).
+    """Average the loss, or a function of it, over L(w + D u) with u ~ N(0, sigma^2 I).
 
     Args:
         engine: The models.
@@ -45,36 +57,61 @@ def smoothed_mean(
         metric: What D is.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
         max_samples: The most draws per model.
-        of_loss: What is averaged, from losses `[S, K]` to numbers `[S, K]`; the losses themselves by default.
-        offset: Added to the mean, float64 `[K]`.
-        function: What the value is of offset + mean; that itself by default.
+        of_loss: What is averaged; by default the losses themselves.
+        function: What the value is of the mean; that itself by default.
+        above_centre: Whether the loss at w is taken off, which costs it; with `of_loss` that is its matter.
         paired: Whether draws may go on in pairs.
-        further_passes: What the caller has spent.
     """
+    zero = torch.zeros(1 + engine.parts, len(engine), dtype=torch.float64, device=engine.device)
+    centre = losses_at_centre(engine) if above_centre else zero
+    taken: dict[float, list[Tensor]] = {1.0: [], -1.0: []}
+
+    def draws(way: float) -> Draw:
+        noisy = noisy_losses(engine, sigma, metric, way)
+
+        def draw(first: int, count: int, active: Tensor) -> Tensor:
+            losses = noisy(first, count, active)
+            made = losses if of_loss is None else of_loss(losses, centre)
+            taken[way].append(made.cpu())
+            return made[:, 0]
+
+        return draw
+
     length = min(_LENGTH, krylov_capacity(engine))
-
-    def losses(way: float) -> Draw:
-        drawn = noisy_losses(engine, sigma, metric, way)
-        return drawn if of_loss is None else lambda *which: of_loss(drawn(*which))
-
+    known = (-centre if of_loss is None else zero).cpu()
     mean = sample_mean(
-        losses(1.0),
+        draws(1.0),
         len(engine),
         tolerance=tolerance,
         max_samples=max_samples,
-        offset=offset,
-        antithetic=Antithetic(losses(-1.0), _curved(engine, metric, length), _WORTHWHILE) if paired else None,
+        offset=known[0],
+        antithetic=Antithetic(draws(-1.0), _curved(engine, metric, length), _WORTHWHILE) if paired else None,
         function=function,
     )
     products = torch.where(mean.paired, length * PRODUCT_PASSES, 0.0)
-    passes = LOSS_PASSES * mean.samples.double() + products + further_passes
-    return Estimate(mean.value, mean.stderr, mean.samples, passes, mean.converged)
+    passes = LOSS_PASSES * (mean.samples.double() + above_centre) + products
+    without = _without(mean, taken, known, function) if engine.parts else None
+    return Estimate(mean.value, mean.stderr, mean.samples, passes, mean.converged, without=without)
+
+
+def _without(mean: Mean, taken: Mapping[float, Sequence[Tensor]], known: Tensor, function: Function | None) -> Tensor:
+    """Return the value without each part, `[P, K]`, from what was drawn to both sides and a known part `[1 + P, K]`."""
+    up = torch.cat(list(taken[1.0]))
+    result = torch.full_like(up[0, 1:], torch.nan)
+    for count, paired in sorted(set(zip(mean.samples.tolist(), mean.paired.tolist(), strict=True))):
+        rows, n = (mean.samples == count) & (mean.paired == paired), count // 2 if paired else count
+        if n:
+            both = (up[:n] + torch.cat(list(taken[-1.0]))[:n]) / 2 if paired else up[:n]
+            average, error = controlled_mean(both, mean.controls[:n, None])
+            made = known + average if function is None else function(known + average, error)[0]
+            result[:, rows] = made[1:, rows]
+    return result
 
 
 def above_the_centre(
     engine: Engine, sigma: float, metric: Metric, *, tolerance: float, max_samples: int, absolute: bool = False
 ) -> tuple[Estimate, Tensor]:
-    """Return E L(w + D u) - L(w), its tolerance relative to that difference, and L(w) `[K]`, which is exact.
+    """Return E L(w + D u) - L(w), its tolerance relative to that difference, and L(w) `[1 + P, K]`, which is exact.
 
     Args:
         engine: The models.
@@ -84,35 +121,53 @@ def above_the_centre(
         max_samples: The most draws per model.
         absolute: Whether every draw's difference counts by its magnitude.
     """
-    centre = engine.losses()
     estimate = smoothed_mean(
         engine,
         sigma,
         metric,
         tolerance=tolerance,
         max_samples=max_samples,
-        of_loss=(lambda losses: (losses - centre).abs()) if absolute else None,
-        offset=None if absolute else -centre,
+        of_loss=(lambda losses, centre: (losses - centre).abs()) if absolute else None,
+        above_centre=True,
         paired=not absolute,
-        further_passes=LOSS_PASSES,
     )
-    return estimate, centre.cpu()
+    return estimate, losses_at_centre(engine).cpu()
+
+
+def losses_at_centre(engine: Engine) -> Tensor:
+    """Return the loss at the weights of all examples and, of a subset, of all but each part, `[1 + P, K]`."""
+
+    def losses() -> Tensor:
+        return engine.replicates_at(torch.zeros_like(engine.params)[None])[0] if engine.parts else engine.losses()[None]
+
+    made: Tensor = engine.shared("losses at centre", losses)
+    return made
 
 
 def over(estimate: Estimate, divisor: Tensor) -> Estimate:
-    """Return an estimate divided by an exact number `[K]`; undefined where that is not a finite one above zero."""
+    """Return an estimate divided by an exact number; undefined where that is not a finite one above zero.
+
+    Args:
+        estimate: Of K models.
+        divisor: `[1 + P, K]`: of all examples and, of a subset, of all but each part.
+    """
     divisor = torch.where(divisor.isfinite() & (divisor > 0), divisor, torch.nan)
-    value, stderr = estimate.value / divisor, estimate.stderr / divisor
-    return replace(estimate, value=value, stderr=stderr, converged=estimate.converged & value.isfinite())
+    value, stderr = estimate.value / divisor[0], estimate.stderr / divisor[0]
+    without = None if estimate.without is None else estimate.without / divisor[1:]
+    converged = estimate.converged & value.isfinite()
+    return replace(estimate, value=value, stderr=stderr, converged=converged, without=without)
 
 
 def noisy_losses(engine: Engine, sigma: float, metric: Metric, way: float = 1.0) -> Draw:
-    """Return the losses under the noise, times `way`, as draws; measures that ask for the same ones share them."""
+    """Return the losses under the noise, times `way`, as draws; measures that ask for the same ones share them.
+
+    They are `[count, 1 + P, K]`: of all examples and, of a subset, of all but each part.
+    """
     spread = way * sigma * engine.scale(metric)
 
     def losses(first: int, count: int, active: Tensor) -> Tensor:
         parts = [
-            engine.losses_at(spread * engine.vectors("normal", "perturbation", start, size), active)
+            engine.replicates_at(spread * engine.vectors("normal", "perturbation", start, size), active)
             for start, size in engine.portions(first, count)
         ]
         return torch.cat(parts)

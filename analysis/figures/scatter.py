@@ -46,7 +46,7 @@ def data(
     if axes is None:
         axes = [*frames.varying(models), *[name for name in ("seed",) if name in models.columns]]
     frames.check_columns(models, axes, role="axis")
-    rows = frames.latest(sharpness)
+    rows = frames.final(models, sharpness)
     keys = [key for key in ("model_id", "trial_id") if key in rows.columns and key in models.columns]
     stderr = frames.numeric(rows, "stderr", role="figure") if "stderr" in rows.columns else np.nan
     values = frames.numeric(rows, "value", role="figure")

@@ -39,7 +39,7 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("table.xlsx", "x", r"cannot read \.xlsx.*\.csv, \.parquet"),
+        ("table.xlsx", "x", r"cannot read \.xlsx.*\.csv, \.tsv, \.parquet"),
         ("table", "x", "cannot read a file without ending"),
         ("table.parquet", "not parquet", "not a readable .parquet table"),
         ("table.csv", "", "not a readable .csv table"),
@@ -135,6 +135,17 @@ def test_wide_takes_the_last_epoch_of_each_label() -> None:
     joined = frames.wide(models, sharpness)
     expected = models.assign(lpf=[2.0, np.nan, np.nan], trace=[4.0, np.nan, np.nan])
     pd.testing.assert_frame_equal(joined, expected)
+
+
+def test_wide_leaves_out_what_was_measured_before_the_end() -> None:
+    """`a` has ended with one of its measures, `b` with none."""
+    models = pd.DataFrame({"model_id": ["a", "b"], "epochs_run": [9, 7]})
+    sharpness = pd.DataFrame(
+        [("a", 4, "lpf", 1.0), ("a", 9, "lpf", 2.0), ("a", 8, "trace", 3.0), ("b", 4, "lpf", 4.0)],
+        columns=["model_id", "epoch", "label", "value"],
+    )
+    expected = models.assign(lpf=[2.0, np.nan], trace=[np.nan, np.nan])
+    pd.testing.assert_frame_equal(frames.wide(models, sharpness), expected)
 
 
 def test_wide_without_measures_is_the_models() -> None:

@@ -25,6 +25,7 @@ settings: {dataset: digits, network: mlp, dropout: 0.1, optimizer: adam, lr: 3e-
 axes: {width: [4, 8, 16], stop_loss: [0.0, 0.5]}
 seeds: 2
 measures: [lpf(max_samples=16), lambda_max]
+measure_every: 60
 """
 
 TIMEOUT = 180.0
@@ -53,7 +54,7 @@ def rows(path: Path) -> list[pd.DataFrame]:
         results.epochs().drop(columns="seconds"),
         results.sharpness().drop(columns="seconds"),
     ]
-    keys = [["model_id"], ["model_id", "epoch"], ["model_id", "label"]]
+    keys = [["model_id"], ["model_id", "epoch"], ["model_id", "epoch", "label"]]
     return [table.sort_values(key, ignore_index=True) for table, key in zip(tables, keys, strict=True)]
 
 

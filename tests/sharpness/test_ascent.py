@@ -437,3 +437,20 @@ def test_a_ball_has_a_radius() -> None:
             parse_label(label)
     with pytest.raises(RequestError, match="steps = 0: should be greater than or equal to 1"):
         parse_label("local_entropy_gradient(steps=0)")
+
+
+def test_a_first_chain_that_is_lost_by_all_models_is_the_last(mlp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    gradient_at = Engine.gradient_at
+
+    def counted(self: Engine, displacement: Tensor) -> tuple[Tensor, Tensor]:
+        rows.append(len(self))
+        return gradient_at(self, displacement)
+
+    monkeypatch.setattr(Engine, "gradient_at", counted)
+    estimate = local_entropy_gradient(mlp.engine(), batch=5, langevin_lr=1e200)
+    assert not bool(estimate.value.isfinite().any())
+    assert set(rows) == {4}, "one chain of each model"
+    rows.clear()
+    assert bool(local_entropy_gradient(mlp.engine(), batch=5, steps=2).value.isfinite().all())
+    assert sum(rows) >= 2 * 16 * 4

@@ -26,6 +26,18 @@ def test_a_pair_at_the_top(with_spectrum: Callable[..., Engine], gap: float, tol
     assert bool((estimate.stderr <= tolerance * estimate.value).all())
 
 
+def test_a_loose_tolerance_is_met_early_and_is_the_error(with_spectrum: Callable[..., Engine]) -> None:
+    eigenvalues = torch.cat([BULK, torch.tensor([2.7, 3.0]).double()])
+    engine = with_spectrum(eigenvalues, 100)
+    early, late = (lambda_max(engine, metric="identity", tolerance=tolerance) for tolerance in (0.02, 0.009))
+    assert early.samples.double().mean().item() < 10
+    assert early.samples.min().item() >= 8
+    assert late.samples.min().item() >= 16
+    assert bool(early.converged.all())
+    assert torch.allclose(early.stderr, 0.02 * early.value)
+    assert bool((3.0 - early.value <= 1e-4).all())
+
+
 @pytest.mark.parametrize("tolerance", [0.005, 1e-6])
 def test_a_strongly_negative_spectrum(with_spectrum: Callable[..., Engine], tolerance: float) -> None:
     eigenvalues = torch.cat([-100 * 0.8 ** torch.arange(50.0), torch.linspace(-1, 0.2, 140), torch.tensor([0.5, 0.4])])

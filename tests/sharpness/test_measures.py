@@ -209,6 +209,27 @@ def test_a_network_of_zeros(mlp: Any, metric: Any) -> None:
     assert not bool(undefined.converged.any())
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_eps_sharpness_along_the_top_eigenvector(mlp: Any, metric: Any) -> None:
+    engine = mlp.engine()
+    estimate = eps_sharpness(engine, direction="top_eigenvector", metric=metric, tolerance=1e-6)
+    assert bool(estimate.converged.all())
+    for k in range(len(engine)):
+        loss, flat = mlp.loss_of(k)
+        d = engine.scale(metric)[k]
+        step = d * torch.linalg.eigh(d[:, None] * mlp.hessian(k) * d).eigenvectors[:, -1]
+        uphill = step * torch.sign(step @ mlp.gradient(k))
+
+        def rise(t: float, *, loss: Any = loss, flat: Any = flat, step: Any = uphill) -> float:
+            return float(loss(flat + t * step) - loss(flat)) - 0.1
+
+        high = 1e-3
+        while rise(high) < 0:
+            high *= 1.05
+        distance = brentq(rise, high / 1.05, high, xtol=1e-14, rtol=1e-12)
+        assert estimate.value[k].item() == pytest.approx(1 / distance, rel=1e-5)
+
+
 def test_a_loss_that_never_rises_by_epsilon_has_no_eps_sharpness() -> None:
     class Bounded(nn.Module):
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flatmin.errors import FlatminError, RequestError
-from flatmin.sharpness import Curve, Engine, Estimate, measure_all, measure_stack
+from flatmin.sharpness import Curve, Engine, Estimate, measure_all, measure_stack, refused
 from flatmin.sharpness.estimate import exact
 from flatmin.tables import fixed_columns
 
@@ -77,3 +77,49 @@ def test_running_out_of_memory_stays_what_it_is(mlp: Any, monkeypatch: pytest.Mo
     with pytest.raises(type(error), match="full") as caught:
         measure_stack(mlp.engine(), ["lpf"])
     assert caught.value.__notes__ == ["while measuring lpf"]
+
+
+def counted(calls: list[str], name: str, error: Exception | None = None) -> Any:
+    def measure(engine: Engine, **arguments: Any) -> Estimate:
+        calls.append(name)
+        if error is not None:
+            raise error
+        return exact(engine.losses(), passes=1.0)
+
+    return measure
+
+
+@pytest.mark.parametrize("subset", ["", ", subset=64"])
+def test_a_measure_that_cannot_be_taken_costs_no_other(mlp: Any, monkeypatch: pytest.MonkeyPatch, subset: str) -> None:
+    calls: list[str] = []
+    errors = {"lpf": RequestError("not of this network"), "lpf_gap": ValueError("a bug"), "pac_bayes": None}
+    for name, error in errors.items():
+        monkeypatch.setattr(f"flatmin.sharpness.{name}.{name}", counted(calls, name, error))
+    labels = [f"{name}(label_smoothing=0.1{subset})" for name in errors]
+    found = measure_all(mlp.engine(), labels, keep_going=True)
+    assert calls == list(errors), "nothing is measured twice"
+    refusal, value = found.rows
+    assert [row["label"].partition("(")[0] for row in (refusal[0], value[0])] == ["lpf", "pac_bayes"]
+    assert all(row["value"] is None and not row["converged"] and row["samples"] == 0 for row in refusal)
+    assert json.loads(refusal[3]["settings"])["refused"] == "not of this network"
+    assert {"sigma", "tolerance", "label_smoothing"} < set(json.loads(refusal[0]["settings"]))
+    assert set(refusal[0]) == set(value[0])
+    assert found.points == [[[], [], [], []]] * 2
+    (label,) = found.failed
+    assert str(found.failed[label]) == f"measure {label} failed: ValueError: a bug"
+    with pytest.raises(RequestError, match=r"measure lpf\(.*\) failed: not of this network"):
+        measure_all(mlp.engine(), labels)
+
+
+def test_a_set_that_is_not_there_is_refused_for_its_measures_alone(mlp: Any) -> None:
+    found = measure_all(mlp.engine(), ["lpf(data=val)", "lambda_max", "l2_norm"], keep_going=True)
+    assert [rows[0]["value"] is None for rows in found.rows] == [True, False, False]
+    assert "there is no 'val' set" in json.loads(found.rows[0][0]["settings"])["refused"]
+
+
+def test_a_network_that_cannot_be_measured() -> None:
+    found = refused(["lpf(subset=64)", "l2_norm"], 3, RequestError("it mixes examples"))
+    assert [len(rows) for rows in found.rows] == [3, 3]
+    assert found.points == [[[], [], []]] * 2
+    settings = json.loads(found.rows[0][2]["settings"])
+    assert (settings["subset"], settings["sigma"], settings["refused"]) == (64, 0.01, "it mixes examples")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flatmin.sharpness.sampling import cut, pieces, side_by_side, take
+from flatmin.sharpness.sampling import cut, cut_at, edges, membership, pieces, side_by_side, take
 from flatmin.stack import Batch
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(30).reshape(3, 10)
@@ -47,3 +47,17 @@ def test_groups_lie_one_after_another() -> None:
 def test_pieces_are_at_least_one() -> None:
     assert list(pieces(5, 2)) == [(0, 2), (2, 2), (4, 1)]
     assert list(pieces(2, 0)) == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_parts_are_cut_out_of_batches(shared: bool) -> None:
+    whole = batches(shared)
+    made, numbers = cut_at(whole, edges(10, 3))
+    assert [part.y.shape[1] for part in made] == [3, 1, 2, 1, 3], "batches of 4, 3 and 3; parts of 3, 3 and 4"
+    assert numbers == [0, 1, 1, 2, 2]
+    assert torch.equal(torch.cat([part.y for part in made], dim=1), Y)
+    assert torch.equal(torch.cat([part.x if shared else part.x[0] for part in made]), X)
+    inside = torch.cat(membership(whole, 3), dim=1)
+    assert inside.argmax(dim=0).tolist() == [0] * 3 + [1] * 3 + [2] * 4
+    assert inside.sum(dim=0).tolist() == [1.0] * 10
+    assert cut_at(whole, [0]) == (whole, [0, 0, 0])

@@ -1,0 +1,77 @@
+"""What drawing the examples adds to the error of a measure of a subset of m of n examples.
+
+A measure that tells its value without each part of the subset gets the jackknife's error, at no further pass
+(`flatmin.sharpness.jackknife`). Any other is taken again on G = 16 disjoint groups of m / G examples, with the first of
+the same random vectors and no more than a rough tolerance asks for, so that all groups together cost no more than the
+subset. With V the variance of the groups' values,
+
+    sampling error^2 = V / G (1 - m / n) + b^2,    b = (mean of the groups - value) / (G - 1) (1 - m / n).
+
+The first term is exact for a mean over examples, and for any measure that is close to one in the neighbourhood of a
+group's size; b is the bias of a value that changes like 1 / m. Source: the method of random groups with a
+finite-population correction (Wolter, Introduction to Variance Estimation, 2007, chapter 2), and the jackknife's bias
+(Quenouille 1956). The sampling error is added to the measure's own in quadrature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flatmin.labels import MeasureLabel
+from flatmin.sharpness.engine import Engine
+from flatmin.sharpness.estimate import Estimate
+from flatmin.sharpness.jackknife import sampling_variance
+
+GROUPS = 16
+
+_ROUGH = 0.2
+"""The tolerance of a group's value: groups are compared among themselves, and share the noise of their vectors."""
+
+Take = Callable[[Engine, MeasureLabel], Estimate]
+"""`take(engine, label)` takes a measure."""
+
+
+def with_sampling_error(sample: Engine, label: MeasureLabel, estimate: Estimate, take: Take) -> Estimate:
+    """Return a measure of a subset with what drawing it adds to its stderr, and its passes over the whole set.
+
+    Args:
+        sample: The subset.
+        label: The measure.
+        estimate: What was found of it.
+        take: Takes it again, of groups.
+    """
+    share, passes = sample.n_examples / sample.population, torch.zeros_like(estimate.passes)
+    if estimate.without is None:
+        variance, passes = _of_groups(sample, label, estimate.value, take)
+    else:
+        shares = sample.shares.to(estimate.value.device)
+        variance = sampling_variance(estimate.value, estimate.without.cpu(), shares, 1 - share)
+    error = (estimate.stderr.square() + variance).sqrt()
+    # A measure without a tolerance only needs a finite error.
+    tolerance = float(label.arguments.get("tolerance", math.inf))
+    return replace(
+        estimate,
+        stderr=error,
+        passes=estimate.passes * share + passes,
+        converged=estimate.converged & (error <= tolerance * estimate.value.abs()),
+    )
+
+
+def _of_groups(sample: Engine, label: MeasureLabel, value: Tensor, take: Take) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of values `[K]` of a sample, from those of its groups, and their passes."""
+    size, rough = sample.n_examples // GROUPS, max(_ROUGH, label.arguments.get("tolerance", 0.0))
+    roughly = {name: rough if name == "tolerance" else given for name, given in label.arguments.items()}
+    parts = [take(engine, replace(label, arguments=roughly)) for engine in sample.groups(GROUPS)]
+    values, passes = (
+        torch.cat([getattr(part, column) for part in parts]).double().reshape(GROUPS, len(sample))
+        for column in ("value", "passes")
+    )
+    left_out = 1 - sample.n_examples / sample.population
+    bias = (values.mean(dim=0) - value) / (GROUPS - 1) * left_out
+    variance = values.var(dim=0) * (size / sample.n_examples) * left_out + bias.square()
+    return variance, passes.sum(dim=0) * (size / sample.population)
