@@ -164,8 +164,8 @@ def main() -> None:
         request = {"axes": axes, "measures": names, "filter": "train_loss <= 0.01", "test_examples": TEST_EXAMPLES}
         seconds = timed(partial(correlate, table, **request))
         size = f"{len(table)} models, {len(table) // seeds} configurations, {MEASURES} measures, {len(axes)} axes"
-        title = f"{size}: everything in {seconds:.1f} s"
-        shown = Table("statistic, all measures", "ours, s", "direct, s", "ratio", title=title, title_justify="left")
+        console.print(f"{size}: everything in {seconds:.1f} s")
+        shown = Table("statistic, all measures", "ours, s", "direct, s", "ratio")
         for row in compare(table, axes):
             shown.add_row(*row)
         console.print(shown)

@@ -17,8 +17,8 @@ from flatmin.stack import Batch, StackedNetwork, Streams, normal, permutation, r
 _VECTORS_PER_GROUP = 128
 
 _FEWEST_PARTS, _MOST_PARTS, _EXAMPLES_PER_PART = 16, 32, 8
-"""Parts of a subset: with fewer their spread is not known, and smaller ones make products dear on a CPU (a product of
-4 images of a narrow ResNet-18 costs 1.6 times as much per image as one of 32, and one of 8 or more no more)."""
+"""Parts of a subset: with fewer their spread is not known. Each has a graph of its own, which costs a Hessian-vector
+product on a CPU about as much as 4 images of a narrow ResNet-18 do, so that parts should not be small."""
 
 
 class Models:
