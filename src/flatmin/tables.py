@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 import pyarrow as pa
@@ -16,81 +17,127 @@ SCHEMA_VERSION = 1
 TABLES = ("plan", "models", "epochs", "sharpness", "spectra", "failures")
 
 _TIME = pa.timestamp("us", tz="UTC")
-_KEY = [("model_id", pa.string()), ("trial_id", pa.string())]
-_SCORES = [(name, pa.float64()) for name in ("train_loss", "train_acc", "val_loss", "val_acc", "test_loss", "test_acc")]
+_TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
+
+
+@dataclass(frozen=True)
+class Column:
+    """One documented column.
+
+    Attributes:
+        name: The column's name.
+        kind: Its Arrow type.
+        about: What it says, in a clause.
+        unit: The unit of the value; empty for a pure number or a name.
+    """
+
+    name: str
+    kind: pa.DataType
+    about: str
+    unit: str = ""
+
+
+_MODEL = Column("model_id", _TEXT, "the model: a hash of its settings")
+_TRIAL = Column("trial_id", _TEXT, "the trial that trained it: a hash of its members' ids")
+_STUDY = Column("study", _TEXT, "the study")
+_LOSS = "loss without smoothing, in eval mode over the whole set"
+_ACCURACY = "correct predictions, in eval mode over the whole set"
+_DICE = "mean Dice score of a segmentation, null elsewhere"
 
 ADDED = ("train_dice", "val_dice", "test_dice")
 """Columns of `models` and `epochs` that files of earlier versions lack; null there."""
 
-_DICE = [(name, pa.float64()) for name in ADDED]
+_ADDED = [Column(f"{of}_dice", _REAL, f"{_DICE}, on {of} examples", "fraction") for of in ("train", "val", "test")]
 
-_FIXED: Mapping[str, list[tuple[str, pa.DataType]]] = {
-    "plan": [("model_id", pa.string()), ("study", pa.string()), ("planned_at", _TIME)],
+
+def _scores(of: str) -> list[Column]:
+    return [
+        Column(f"{of}_loss", _REAL, f"{_LOSS} of {of} examples", "nats"),
+        Column(f"{of}_acc", _REAL, f"{_ACCURACY} of {of} examples; null in a regression", "fraction"),
+    ]
+
+
+COLUMNS: Mapping[str, list[Column]] = {
+    "plan": [_MODEL, _STUDY, Column("planned_at", _TIME, "when it was first planned")],
     "models": [
-        *_KEY,
-        ("study", pa.string()),
-        ("status", pa.string()),
-        ("epochs_run", pa.int64()),
-        ("n_params", pa.int64()),
-        ("train_loss", pa.float64()),
-        ("train_acc", pa.float64()),
-        ("train_acc_clean", pa.float64()),
-        ("val_loss", pa.float64()),
-        ("val_acc", pa.float64()),
-        ("test_loss", pa.float64()),
-        ("test_acc", pa.float64()),
-        ("best_test_acc", pa.float64()),
-        ("best_test_epoch", pa.int64()),
-        ("gen_gap", pa.float64()),
-        ("loss_gap", pa.float64()),
-        ("label_flip_rate", pa.float64()),
-        ("seconds", pa.float64()),
-        ("device", pa.string()),
-        ("host", pa.string()),
-        ("started_at", _TIME),
-        ("execution", pa.string()),
-        *_DICE,
+        _MODEL,
+        _TRIAL,
+        _STUDY,
+        Column(
+            "status", _TEXT, "how training ended: converged (stop_loss reached), finished (all epochs run) or diverged"
+        ),
+        Column("epochs_run", _WHOLE, "epochs that were trained", "epochs"),
+        Column("n_params", _WHOLE, "trainable weights of the network"),
+        *_scores("train"),
+        Column("train_acc_clean", _REAL, "train_acc against the true labels, whatever the label noise", "fraction"),
+        *_scores("val"),
+        *_scores("test"),
+        Column("best_test_acc", _REAL, "highest test_acc of all epochs; for comparison with papers", "fraction"),
+        Column("best_test_epoch", _WHOLE, "the first epoch with best_test_acc; nothing selects on it", "epochs"),
+        Column("gen_gap", _REAL, "train_acc - test_acc", "fraction"),
+        Column("loss_gap", _REAL, "test_loss - train_loss", "nats"),
+        Column("label_flip_rate", _REAL, "training labels that are not the true ones", "fraction"),
+        Column("seconds", _REAL, "its share of the time in which its stack was trained", "seconds"),
+        Column("device", _TEXT, "what it was trained on"),
+        Column("host", _TEXT, "the machine it was trained on"),
+        Column("started_at", _TIME, "when its trial began"),
+        Column("execution", _TEXT, "JSON: stack size, threads, compile, retries, memory, versions, commit"),
+        *_ADDED,
     ],
-    "epochs": [*_KEY, ("epoch", pa.int64()), *_SCORES, ("lr", pa.float64()), ("seconds", pa.float64()), *_DICE],
+    "epochs": [
+        _MODEL,
+        _TRIAL,
+        Column("epoch", _WHOLE, "the evaluated epoch, from 1 on", "epochs"),
+        *_scores("train"),
+        *_scores("val"),
+        *_scores("test"),
+        Column("lr", _REAL, "learning rate of the epoch's last step"),
+        Column("seconds", _REAL, "its share of the stack's time since training began", "seconds"),
+        *_ADDED,
+    ],
     "sharpness": [
-        *_KEY,
-        ("epoch", pa.int64()),
-        ("measure", pa.string()),
-        ("label", pa.string()),
-        ("value", pa.float64()),
-        ("stderr", pa.float64()),
-        ("samples", pa.int64()),
-        ("passes", pa.float64()),
-        ("converged", pa.bool_()),
-        ("metric", pa.string()),
-        ("seconds", pa.float64()),
-        ("settings", pa.string()),
+        _MODEL,
+        _TRIAL,
+        Column("epoch", _WHOLE, "the epoch after which it was measured; epochs_run: at the end", "epochs"),
+        Column("measure", _TEXT, "the measure's name"),
+        Column("label", _TEXT, "the measure with the settings that are not at their defaults"),
+        Column("value", _REAL, "the value; null where it is undefined"),
+        Column("stderr", _REAL, "its standard error, or an error bound; 0 where it is exact", "the value's"),
+        Column("samples", _WHOLE, "draws, steps or products behind the value"),
+        Column("passes", _REAL, "cost: a loss is 1, a gradient 2, a Hessian-vector product 4", "passes over the set"),
+        Column("converged", pa.bool_(), "whether the measure's tolerance was met within its budget"),
+        Column("metric", _TEXT, "what scales perturbations: identity, filter or element; null where nothing does"),
+        Column("seconds", _REAL, "time that measuring took; shared work counts once", "seconds"),
+        Column("settings", _TEXT, "JSON: the measure's settings; `failed` or `refused` say why there is no value"),
     ],
     "spectra": [
-        *_KEY,
-        ("epoch", pa.int64()),
-        ("kind", pa.string()),
-        ("settings", pa.string()),
-        ("x", pa.float64()),
-        ("y", pa.float64()),
-        ("value", pa.float64()),
+        _MODEL,
+        _TRIAL,
+        Column("epoch", _WHOLE, "the epoch after which it was measured", "epochs"),
+        Column("kind", _TEXT, "hessian_density, surface or fourier"),
+        Column("settings", _TEXT, "JSON: the curve's label and settings"),
+        Column("x", _REAL, "eigenvalue, length of the first direction, or frequency"),
+        Column("y", _REAL, "length of the second direction; null on a curve"),
+        Column("value", _REAL, "density, loss or amplitude at that point; null where it is not finite"),
     ],
     "failures": [
-        *_KEY,
-        ("attempt", pa.int64()),
-        ("host", pa.string()),
-        ("error", pa.string()),
-        ("traceback", pa.string()),
-        ("at", _TIME),
+        _MODEL,
+        _TRIAL,
+        Column("attempt", _WHOLE, "which attempt of the trial failed, from 1 on"),
+        Column("host", _TEXT, "the machine it failed on"),
+        Column("error", _TEXT, "the error in one line"),
+        Column("traceback", _TEXT, "where it was raised"),
+        Column("at", _TIME, "when it failed"),
     ],
 }
+"""The columns of each table that are not settings."""
 
 _ARROW = {int: pa.int64(), float: pa.float64(), bool: pa.bool_(), str: pa.string()}
 
 
 def fixed_columns(table: str) -> list[str]:
     """Return the columns of a table that are not settings."""
-    return [name for name, _ in _FIXED[table]]
+    return [column.name for column in COLUMNS[table]]
 
 
 def schema(table: str, arguments: Mapping[str, Argument] | None = None) -> pa.Schema:
@@ -100,7 +147,7 @@ def schema(table: str, arguments: Mapping[str, Argument] | None = None) -> pa.Sc
         table: One of `TABLES`.
         arguments: The declarations of the settings, which become columns of `plan` and `models`.
     """
-    fields = [pa.field(name, kind) for name, kind in _FIXED[table]]
+    fields = [pa.field(column.name, column.kind) for column in COLUMNS[table]]
     if arguments:
         names = ["dataset", "network", "optimizer"]
         columns = [pa.field(name, pa.string()) for name in names]
