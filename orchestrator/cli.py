@@ -16,6 +16,7 @@ from flatmin.orchestrator.cli_results import correlate, query, report, status
 from flatmin.orchestrator.cli_studies import new, plan, schema, studies
 from flatmin.orchestrator.terminal import (
     JsonOption,
+    OnlyOption,
     Overrides,
     ResultsOption,
     SmallOption,
@@ -35,6 +36,7 @@ def launch(
     results: ResultsOption,
     overrides: Overrides = None,
     small: SmallOption = False,
+    only: OnlyOption = None,
     yes: YesOption = False,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster to join; a private one otherwise.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="Run in this process, without Ray.")] = False,
@@ -82,7 +84,9 @@ def launch(
     console = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        done = run(study, results, overrides or [], options, console, small=small, at_most=at_most(yes))
+        done = run(
+            study, results, overrides or [], options, console, small=small, only=only or [], at_most=at_most(yes)
+        )
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is kept, run the same command to go on", highlight=False)
         raise typer.Exit(130) from None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from flatmin.orchestrator.terminal import JsonOption, ResultsOption, print_table
+from flatmin.errors import RequestError
+from flatmin.orchestrator.terminal import Format, JsonOption, ResultsOption, print_table
 
 
 def status(results: ResultsOption, as_json: JsonOption = False) -> None:
@@ -30,24 +31,30 @@ def status(results: ResultsOption, as_json: JsonOption = False) -> None:
 
 def query(
     sql: Annotated[
-        str, typer.Argument(metavar="SQL", help="A query over the tables and the views wide and published.")
-    ],
-    results: ResultsOption,
-    output_format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format")] = "table",
+        str | None, typer.Argument(metavar="SQL", help="A query over the tables and the views wide and published.")
+    ] = None,
+    results: Annotated[str | None, typer.Option("--results", help="The results directory.")] = None,
+    output_format: Annotated[Format, typer.Option("--format")] = "table",
+    with_schema: Annotated[
+        bool, typer.Option("--schema", help="Print what every column is, of --results or of all there can be.")
+    ] = False,
 ) -> None:
-    """Ask the tables a question in SQL (DuckDB)."""
-    from flatmin.orchestrator.inspect import query as ask
+    """Ask the tables a question in SQL (DuckDB); a query only reads."""
+    from flatmin.orchestrator.formats import write
     from flatmin.results import Results
 
-    frame = ask(Results.open(results), sql)
-    if output_format == "csv":
-        print(frame.to_csv(index=False), end="")
-    elif output_format == "json":
-        print(frame.to_json(orient="records", date_format="iso", indent=2))
-    elif output_format == "parquet":
-        frame.to_parquet(sys.stdout.buffer, index=False)
-    else:
-        print_table([str(name) for name in frame.columns], frame.itertuples(index=False))
+    if with_schema == (sql is not None):
+        raise RequestError("query: give either SQL, such as 'SELECT * FROM wide', or --schema")
+    if with_schema:
+        from flatmin.orchestrator.columns import as_table, dictionary
+
+        write(as_table(dictionary(None if results is None else Results.open(results))), output_format)
+        return
+    if results is None:
+        raise RequestError("query: --results DIR is missing: which tables?")
+    from flatmin.orchestrator.inspect import rows_of
+
+    write(rows_of(results, str(sql)), output_format)
 
 
 def correlate(

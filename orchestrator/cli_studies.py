@@ -11,6 +11,7 @@ import typer
 
 from flatmin.orchestrator.terminal import (
     JsonOption,
+    OnlyOption,
     Overrides,
     SmallOption,
     StackOption,
@@ -75,6 +76,7 @@ def plan(
     study: StudyArgument,
     overrides: Overrides = None,
     small: SmallOption = False,
+    only: OnlyOption = None,
     yes: YesOption = False,
     models_per_trial: StackOption = None,
     calibrate: Annotated[
@@ -90,7 +92,7 @@ def plan(
     from flatmin.orchestrator.plan import make_plan
     from flatmin.orchestrator.study import read_study
 
-    checked = read_study(study, overrides or [], small=small, at_most=at_most(yes))
+    checked = read_study(study, overrides or [], small=small, only=only or [], at_most=at_most(yes))
     planned = make_plan(checked, count("--models-per-trial", models_per_trial))
     budget = seconds_of("--calibrate-budget", calibrate_budget) if calibrate else None
     cost = _cost(checked, planned, budget, concurrency)

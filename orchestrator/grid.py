@@ -83,10 +83,22 @@ def _grids(file: StudyFile) -> Iterator[_Grid]:
 
 
 def _contradictions(file: StudyFile, where: Where) -> Iterator[str]:
-    """Yield what is said twice in one place; what a case says in place of the whole study is no contradiction."""
+    """Yield what is said twice in one place, and what a case says against an axis that all cases have.
+
+    A case may narrow such an axis, to one of its values or to some; a value outside of it is a slip.
+    """
     for prefix, grid in ((), file), *((("cases", index), case) for index, case in enumerate(file.cases)):
         for name in sorted(set(grid.settings) & set(grid.axes)):
             yield f"{where((*prefix, 'axes', name))}: is both a setting and an axis here; leave one of them out"
+    for index, case in enumerate(file.cases):
+        for part, given in ("settings", {name: [value] for name, value in case.settings.items()}), ("axes", case.axes):
+            for name, values in given.items():
+                outside = [value for value in values if value not in file.axes.get(name, values)]
+                if outside:
+                    yield (
+                        f"{where(('cases', index, part, name))}: {shown(outside[0])} is not on the axis that all cases "
+                        f"have, {name}: {shown(file.axes[name])}; add it there, or move the axis into the cases"
+                    )
     own = "settings" if "seed" in file.settings else "axes"
     if "seed" in {*file.settings, *file.axes} and file.seeds not in (1, [0]):
         yield f"{where((own, 'seed'))}: there is also seeds: {shown(file.seeds)}; leave one of them out"

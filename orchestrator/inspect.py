@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,6 +16,9 @@ from flatmin import lease
 from flatmin.errors import RequestError, nearest
 from flatmin.results import Results
 from flatmin.tables import TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -90,31 +94,56 @@ def _used_up(results: Results, max_failures: int) -> set[str]:
     return set(worn["model_id"].to_pylist())
 
 
+READS = ("SELECT", "EXPLAIN", "MULTI")
+"""The statements that a query may be, as DuckDB names them: `MULTI` is a PIVOT; DESCRIBE and SUMMARIZE are a SELECT."""
+
+VIEWS = ("wide", "published")
+
+
 def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
     """Run SQL over a study's tables and the views `wide` and `published`.
 
+    Args:
+        results: A results directory.
+        sql: One statement that reads. It sees the tables, and neither files nor the network.
+
     Raises:
-        RequestError: There is no such directory, or the SQL is wrong; the tables and views there are, are named.
+        RequestError: There is no such directory, or the SQL is wrong or would write; the message points at the place.
+    """
+    frame: pd.DataFrame = rows_of(results, sql).to_pandas()
+    return frame
+
+
+def rows_of(results: Results | str | Path, sql: str) -> pa.Table:
+    """Run SQL as `query` does; return an Arrow table, what is undefined null.
+
+    Raises:
+        RequestError: As for `query`.
     """
     results = opened(results)
-    connection = duckdb.connect()
-    try:
-        connection.execute("SET enable_external_access = false")
-        for name in TABLES:
-            connection.register(name, _with_settings(results, name))
-        connection.register("wide", wide(results))
-        connection.register("published", published())
-        if not duckdb.extract_statements(sql):
-            raise RequestError("the query is empty; write SQL, such as SELECT * FROM wide")
-        frame: pd.DataFrame = connection.execute(sql).df()
-        return frame
-    except duckdb.Error as error:
-        message = str(error).strip().splitlines()[0]
-        raise RequestError(
-            f"{message}\nTables: {', '.join(TABLES)}, and the views wide, published.{_columns_hint(results, message)}"
-        ) from None
-    finally:
-        connection.close()
+    with duckdb.connect() as connection:
+        try:
+            statement = _statement(connection, sql)
+            for name in _mentioned(sql):
+                connection.register(name, relation(results, name))
+            connection.execute("SET enable_external_access = false")
+            connection.execute("SET python_enable_replacements = false")
+            connection.execute("SET lock_configuration = true")
+            return _plain(connection.sql(statement).to_arrow_table())
+        except duckdb.Error as error:
+            raise RequestError(_explained(str(error), results)) from None
+
+
+def relation(results: Results, name: str) -> pa.Table:
+    """Return a table or view; `models` without rows yet still has the columns of the plan's settings."""
+    if name == "published":
+        return published()
+    if name == "wide":
+        return results.wide_table()
+    rows = results.table(name)
+    if name == "models" and not len(rows):
+        rows = pa.unify_schemas([rows.schema, results.table("plan").schema]).empty_table()
+    return rows
 
 
 def published() -> pa.Table:
@@ -124,28 +153,55 @@ def published() -> pa.Table:
     return pa.Table.from_pandas(numbers(), preserve_index=False)
 
 
-def _with_settings(results: Results, name: str) -> pa.Table:
-    """Return a table; one of models that has no rows yet still has the columns of the plan's settings."""
-    rows = results.table(name)
-    if name == "models" and not len(rows):
-        rows = pa.unify_schemas([rows.schema, results.table("plan").schema]).empty_table()
+def _statement(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
+    """Return the one statement of a text, if it reads."""
+    statements = connection.extract_statements(sql)
+    if not statements:
+        raise RequestError("the query is empty; write SQL, such as SELECT * FROM wide")
+    if len(statements) > 1:
+        raise RequestError(f"the query has {len(statements)} statements; write one")
+    (statement,) = statements
+    if statement.type.name not in READS:
+        raise RequestError(
+            f"{sql.split()[0].upper()}: a query only reads; write SELECT, EXPLAIN, DESCRIBE, SUMMARIZE or PIVOT"
+        )
+    return str(statement.query)
+
+
+def _mentioned(sql: str) -> list[str]:
+    """Return the tables and views that a query may be about: those whose names are in it, all where none is."""
+    words = set(re.findall(r"\w+", sql.lower()))
+    return [name for name in (*TABLES, *VIEWS) if name in words] or [*TABLES, *VIEWS]
+
+
+def _plain(rows: pa.Table) -> pa.Table:
+    """Return rows with sums of whole numbers whole again, decimals as floats, and null for what is not finite."""
+    for place, column in enumerate(rows.schema):
+        values = rows.column(place)
+        if pa.types.is_decimal(column.type):
+            fits = column.type.scale == 0 and not pc.any(pc.greater(pc.abs(values.cast(pa.float64())), 2.0**62)).as_py()
+            values = values.cast(pa.int64() if fits else pa.float64())
+        if pa.types.is_floating(values.type):
+            values = pc.if_else(pc.is_finite(values), values, pa.scalar(None, values.type))
+        if values is not rows.column(place):
+            rows = rows.set_column(place, column.name, values)
     return rows
 
 
-def _columns_hint(results: Results, message: str) -> str:
-    if 'column "' not in message:
-        return ""
-    given = message.split('column "')[1].split('"')[0]
-    names = {name for table in TABLES for name in results.table(table).column_names}
-    hint = nearest(given, names)
-    return hint if "Did you mean" in hint and given not in names else ""
-
-
-def wide(results: Results) -> pa.Table:
-    """Return models joined to one column per measure label, at the model's last epoch."""
-    from flatmin.analysis.frames import wide as join
-
-    models = results.models()
-    if models.empty:
-        return _with_settings(results, "models")
-    return pa.Table.from_pandas(join(models, results.sharpness()), preserve_index=False)
+def _explained(message: str, results: Results) -> str:
+    """Return DuckDB's message with the place it marks, and the nearest column or table, or all tables."""
+    first, *rest = message.strip().splitlines()
+    place = [line for number, line in enumerate(rest) if line.startswith("LINE ") or "^" in line]
+    given = re.search(r'column "([^"]+)" not found|column named "([^"]+)"|Table with name (\S+) does not exist', first)
+    hint = ""
+    if given and given[3]:
+        hint = nearest(given[3], (*TABLES, *VIEWS))
+    elif given:
+        names = {name for table in (*TABLES, *VIEWS) for name in relation(results, table).column_names}
+        hint = nearest(given[1] or given[2], names)
+    elif "disabled" in first or "locked" in first:
+        hint = " A query reads the tables, and neither files nor the network."
+    if "Did you mean" not in hint and not hint.startswith(" A query"):
+        hint = ""
+    tables = f"Tables: {', '.join(TABLES)}, and the views {', '.join(VIEWS)}; query --schema lists their columns."
+    return "\n".join([first + hint, *place, tables])

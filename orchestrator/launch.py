@@ -106,6 +106,7 @@ def launch(
     console: Console | None = None,
     *,
     small: bool = False,
+    only: Sequence[str] = (),
     at_most: int | None = MOST_MODELS,
 ) -> Launched:
     """Run a study, or whatever of it is missing.
@@ -117,6 +118,7 @@ def launch(
         options: How to run it.
         console: Where progress is shown; the standard error when None.
         small: Run the study's small twin.
+        only: Conditions on settings, `setting=value` or `setting=value,value`: the models that meet them all.
         at_most: More models are refused, as a slip in an axis; None: any number.
 
     Raises:
@@ -125,7 +127,7 @@ def launch(
     """
     options = options or LaunchOptions()
     console = console or Console(stderr=True)
-    checked = read_study(study, overrides, small=small, at_most=at_most)
+    checked = read_study(study, overrides, small=small, only=only, at_most=at_most)
     plan = make_plan(checked, _largest_stack(options))
     options = replace(options, run=with_resources(options.run, checked.file.resources))
     with _disk_errors(results):

@@ -88,6 +88,7 @@ def plan(
     models_per_trial: int | Literal["auto"] | None = None,
     *,
     small: bool = False,
+    only: Sequence[str] = (),
     at_most: int | None = MOST_MODELS,
 ) -> Plan:
     """Read a study and partition it into stacks; train nothing.
@@ -97,12 +98,13 @@ def plan(
         overrides: `setting=value` or `setting=value,value`.
         models_per_trial: The largest stack; the study's own choice when None.
         small: Take the study's small twin.
+        only: Conditions on settings, `setting=value` or `setting=value,value`: the models that meet them all.
         at_most: More models are refused, as a slip in an axis; None: any number.
 
     Raises:
         RequestError: The study cannot be used.
     """
-    return make_plan(read_study(study, overrides, small=small, at_most=at_most), models_per_trial)
+    return make_plan(read_study(study, overrides, small=small, only=only, at_most=at_most), models_per_trial)
 
 
 def program_key(model: Model, arguments: Mapping[str, Argument]) -> tuple[Any, ...]:

@@ -34,4 +34,6 @@ def write_report(results: str | Path, path: str | Path) -> Path:
         target="gen_gap" if models["gen_gap"].notna().any() else "loss_gap",  # a regression has no accuracy
         planned=counts.planned,
         failed=counts.failed,
+        plan=opened.plan(),
+        failures=opened.failures(),
     )

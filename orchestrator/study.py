@@ -16,6 +16,7 @@ from flatmin.errors import RequestError, StudyError, nearest
 from flatmin.labels import parse_label, split_list
 from flatmin.orchestrator.document import Document, Place, load, parse
 from flatmin.orchestrator.grid import MOST_MODELS, Where, expand
+from flatmin.orchestrator.selection import selected
 from flatmin.orchestrator.study_file import StudyFile, with_measures, with_seeds, with_value
 from flatmin.orchestrator.study_problems import study_file
 from flatmin.settings import Argument
@@ -99,7 +100,12 @@ def find(name: str) -> tuple[Path, str]:
 
 
 def read_study(
-    name: str, overrides: Sequence[str] = (), *, small: bool = False, at_most: int | None = MOST_MODELS
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    small: bool = False,
+    only: Sequence[str] = (),
+    at_most: int | None = MOST_MODELS,
 ) -> Study:
     """Read, override and check a study.
 
@@ -107,11 +113,12 @@ def read_study(
         name: A built-in name or the path of a YAML file.
         overrides: `setting=value` or `setting=value,value`; also `seeds=...`, `measures=...` and `measure_every=...`.
         small: Take the study's small twin; `overrides` come after.
+        only: Conditions on settings, `setting=value` or `setting=value,value`: the models that meet them all.
         at_most: More models are refused, as a slip in an axis; None: any number.
 
     Raises:
         StudyError: All that is wrong with it, a line each.
-        RequestError: There is no such study, or it has no small twin.
+        RequestError: There is no such study, it has no small twin, or no model that meets the conditions.
     """
     if isinstance(overrides, str):
         raise RequestError(f"overrides: {overrides!r} should be a list: [{overrides!r}]")
@@ -129,10 +136,11 @@ def read_study(
     labels = _labels(file, where, problems)
     if problems:
         raise StudyError(list(dict.fromkeys(problems)))
+    models = selected(expansion.models, expansion.arguments, only)
     measures_of = {
-        identity: tuple(dict.fromkeys(labels[text] for text in texts)) for identity, texts in expansion.measures.items()
+        identity: tuple(dict.fromkeys(labels[text] for text in expansion.measures[identity])) for identity in models
     }
-    return Study(file, tuple(expansion.models.values()), expansion.arguments, measures_of)
+    return Study(file, tuple(models.values()), expansion.arguments, measures_of)
 
 
 def _places_of_measures(data: Any) -> Iterator[Place]:

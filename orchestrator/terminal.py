@@ -21,8 +21,15 @@ Overrides = Annotated[
     typer.Argument(metavar="[SETTING=VALUE[,VALUE]]...", help="Settings; several values make an axis."),
 ]
 ResultsOption = Annotated[str, typer.Option("--results", help="The results directory.")]
+Format = Literal["table", "csv", "json", "parquet"]
+"""How rows are written."""
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 StackOption = Annotated[str | None, typer.Option("--models-per-trial", help="The largest stack: a number, or auto.")]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SETTING=VALUE[,VALUE]", help="Only models with these values; several --only must all hold."),
+]
 YesOption = Annotated[bool, typer.Option("--yes", help="Over a million models are meant.")]
 SmallOption = Annotated[bool, typer.Option("--small", help="Take the study's small twin: minutes, and no download.")]
 

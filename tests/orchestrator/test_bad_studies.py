@@ -66,6 +66,14 @@ BAD = {
         "HEAD}\ncases:\n- settings: {lr: 1}\n  axes: {lr: [1]}",
         "F:5: cases.0.axes.lr: is both a setting and an axis here; leave one of them out",
     ),
+    "a case off an axis": (
+        "HEAD}\naxes: {lr: [0.1, 0.2]}\ncases:\n- settings: {momentum: 0}\n- settings: {lr: 0.3}",
+        "F:6: cases.1.settings.lr: 0.3 is not on the axis that all cases have, lr: [0.1, 0.2]; add it there, or move",
+    ),
+    "an axis of a case off an axis": (
+        "HEAD}\naxes: {lr: [0.1, 0.2]}\ncases:\n- axes: {lr: [0.1, 0.3]}",
+        "F:5: cases.0.axes.lr: 0.3 is not on the axis that all cases have",
+    ),
     "setting and axis in small": (
         "HEAD}\nsmall: {settings: {lr: 1}, axes: {lr: [1]}}",
         "F:3: small.axes.lr: is both a setting and an axis here; leave one of them out",
@@ -247,14 +255,14 @@ def test_a_large_study_that_is_meant(
 
 
 def test_a_case_may_say_what_the_study_says(tmp_path: Path) -> None:
-    """A case's setting stands in place of an axis above it, its seeds in place of the study's."""
+    """A case narrows an axis above it; its seeds stand in place of the study's."""
     file = tmp_path / "study.yaml"
     file.write_text(
         f"{HEAD}}}\naxes: {{lr: [0.1, 0.2]}}\nseeds: 3\n"
-        "cases: [{settings: {lr: 0.5}}, {axes: {seed: [7]}}, {settings: {seed: 9, lr: 1}}]\n"
+        "cases: [{settings: {lr: 0.2}}, {axes: {seed: [7]}}, {settings: {seed: 9, lr: 0.1}}]\n"
     )
     found = [(model.settings["lr"], model.settings["seed"]) for model in read_study(str(file)).models]
-    assert found == [(0.5, 0), (0.5, 1), (0.5, 2), (0.1, 7), (0.2, 7), (1.0, 9)]
+    assert found == [(0.2, 0), (0.2, 1), (0.2, 2), (0.1, 7), (0.2, 7), (0.1, 9)]
     assert {model.settings["seed"] for model in read_study(str(file), ["seeds=2"]).models} == {0, 1}
     assert {model.settings["seed"] for model in read_study(str(file), ["seed=4,5"]).models} == {4, 5}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,11 +73,11 @@ def test_cases_are_grids_of_their_own(write_study: Write) -> None:
         "axes: {width: [2, 4]}\n"
         "cases:\n"
         "  - settings: {lr: 0.1}\n"
-        "  - settings: {optimizer: adam, width: 8}\n"
+        "  - settings: {optimizer: adam, width: 4}\n"
         "    axes: {lr: [0.01, 0.001]}\n"
     )
     found = [(m.settings["optimizer"], m.settings["width"], m.settings["lr"]) for m in read_study(str(file)).models]
-    assert found == [("sgd", 2, 0.1), ("sgd", 4, 0.1), ("adam", 8, 0.01), ("adam", 8, 0.001)]
+    assert found == [("sgd", 2, 0.1), ("sgd", 4, 0.1), ("adam", 4, 0.01), ("adam", 4, 0.001)]
 
 
 def test_a_setting_of_some_cases_may_be_overridden(write_study: Write) -> None:
@@ -232,6 +233,38 @@ def test_planning_loads_neither_torch_nor_ray() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("only", "found"),
+    [
+        (["width=4"], [(4, 0), (4, 1)]),
+        (["width=2,4", "seed=1"], [(2, 1), (4, 1)]),
+        (["lr=5e-2", "optimizer=sgd", "seed=0"], [(2, 0), (4, 0)]),
+    ],
+)
+def test_a_part_of_a_study_has_the_models_of_the_whole(
+    write_study: Write, only: list[str], found: list[tuple[int, int]]
+) -> None:
+    whole = {model.model_id for model in read_study(str(write_study())).models}
+    part = read_study(str(write_study()), only=only)
+    assert [(model.settings["width"], model.settings["seed"]) for model in part.models] == found
+    assert {model.model_id for model in part.models} == set(part.measures_of) <= whole
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("width", "--only width: should read setting=value"),
+        ("widht=4", "no model of this study has a setting 'widht'. Did you mean 'width'?"),
+        ("width=8", "--only width=8: no such model; width is one of: 2, 4"),
+        ("width=wide", "--only width=wide: 'wide':"),
+        ("optimizer=adam", "no such model; optimizer is one of: sgd"),
+    ],
+)
+def test_a_part_that_there_is_not(write_study: Write, condition: str, message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        read_study(str(write_study()), only=[condition])
 
 
 CASES = (
