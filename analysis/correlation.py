@@ -184,10 +184,22 @@ def _check_test_examples(test_examples: int | None, goal: Floats, target: str) -
 
 
 def _controls(table: pd.DataFrame, names: Sequence[str]) -> dict[str, Floats]:
-    found = {RANDOM: np.random.default_rng(0).standard_normal(len(table))}
+    found = {RANDOM: random_control(len(table))}
     if TRAINING_LOSS in table.columns and pd.api.types.is_numeric_dtype(table[TRAINING_LOSS]):
         found[TRAINING_LOSS] = frames.numeric(table, TRAINING_LOSS, role="control")
     return {name: values for name, values in found.items() if name not in names}
+
+
+def random_control(count: int) -> Floats:
+    """Return the control that knows nothing.
+
+    Args:
+        count: How many models' training came to an end.
+
+    Returns:
+        Standard normal numbers, the same for the same count.
+    """
+    return np.random.default_rng(0).standard_normal(count)
 
 
 def _associate(

@@ -14,12 +14,16 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from flatmin.analysis import frames
+from flatmin.analysis.section import Missing, Variant
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; "
     "img-src data: blob:; worker-src blob:; base-uri 'none'; form-action 'none'"
 )
 """The browser itself refuses any request: only what is in the file runs. WebGL points need `unsafe-eval`."""
+
+_OWN = ("xaxis", "yaxis", "showlegend")
+"""What a trace has from its place in a figure; traces that differ in these only are kept once."""
 
 
 def text(value: object) -> str:
@@ -69,6 +73,39 @@ def embed(name: str, payload: str) -> str:
     return f'<script type="application/json" id="{name}">{payload}</script>'
 
 
+def embed_figures(name: str, variants: Sequence[Variant | Missing]) -> str:
+    """Return the variants of a figure and their tables in two inert elements, what they share only once.
+
+    `plot-NAME` holds `traces`, and `variants` of `{of, caption, layout, traces, table}` or `{of, reason}`; a variant's
+    traces are `[number, what is its own]`. `data-NAME` holds the tables that `table` counts.
+
+    Args:
+        name: A plain word.
+        variants: What a reader may choose from.
+    """
+    traces: dict[str, int] = {}
+    tables: list[pd.DataFrame] = []
+    listed: list[dict[str, object]] = []
+    for variant in variants:
+        entry: dict[str, object] = {"of": dict(variant.of)}
+        if isinstance(variant, Missing):
+            listed.append(entry | {"reason": variant.reason})
+            continue
+        placed = []
+        for trace in variant.figure["data"]:
+            own = {key: value for key, value in trace.items() if key in _OWN}
+            shared = json.dumps({key: value for key, value in trace.items() if key not in _OWN}, sort_keys=True)
+            placed.append([traces.setdefault(shared, len(traces)), own])
+        if not any(table is variant.data for table in tables):
+            tables.append(variant.data)
+        place = next(place for place, table in enumerate(tables) if table is variant.data)
+        listed.append(
+            entry | {"caption": variant.caption, "layout": variant.figure["layout"], "traces": placed, "table": place}
+        )
+    figures = f'{{"traces":[{",".join(traces)}],"variants":{_json(listed)}}}'
+    return f"{embed(f'plot-{name}', figures)}\n{embed(f'data-{name}', _json([_cells(table) for table in tables]))}"
+
+
 def embed_frame(name: str, frame: pd.DataFrame) -> str:
     """Return a table as `{columns: [...], data: [[...], ...]}` in an inert element.
 
@@ -76,11 +113,18 @@ def embed_frame(name: str, frame: pd.DataFrame) -> str:
         name: The element's id, a plain word.
         frame: Any table; null and NaN become null.
     """
-    payload = {
+    return embed(name, _json(_cells(frame)))
+
+
+def _json(payload: object) -> str:
+    return json.dumps(payload, separators=(",", ":"), allow_nan=False)
+
+
+def _cells(frame: pd.DataFrame) -> dict[str, object]:
+    return {
         "columns": [str(column) for column in frame.columns],
         "data": [[_plain(value) for value in row] for row in frame.to_numpy(dtype=object)],
     }
-    return embed(name, json.dumps(payload, separators=(",", ":"), allow_nan=False))
 
 
 def _plain(value: object) -> object:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -115,6 +115,7 @@ def compare(
     epochs: pd.DataFrame | None = None,
     *,
     numbers: pd.DataFrame | None = None,
+    recipes: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Set our numbers beside the published ones.
 
@@ -126,6 +127,8 @@ def compare(
         sharpness: Rows of the `sharpness/` table; None or empty when nothing was measured.
         epochs: Rows of the `epochs/` table, for numbers of another epoch than the last.
         numbers: The published numbers; None: `published()`.
+        recipes: The settings of the models that the study trains as published, a row each. Whatever else ours were
+            trained with is named in `conventions`; None: only what `recipe` records.
 
     Returns:
         The published rows of the models' studies, and for each `stderr` (of theirs), `ours` (mean), `ours_sd` (sample
@@ -138,8 +141,12 @@ def compare(
     numbers = numbers[numbers["study"].isin(own["study"].unique())].reset_index(drop=True)
     tables = _tables(own, sharpness, epochs)
     keys = set(zip(numbers["study"], numbers["settings"], strict=True))
-    groups = {key: _matching(tables, *key) for key in keys}
-    found = [_one(row, groups[row["study"], row["settings"]], tables) for row in numbers.to_dict("records")]
+    groups = {key: _matching(tables.models[tables.models["study"] == key[0]], key[1]) for key in keys}
+    changed = {key: _changed(group, recipes, key[1]) for key, group in groups.items()}
+    found = [
+        _one(row, groups[row["study"], row["settings"]], tables, changed[row["study"], row["settings"]])
+        for row in numbers.to_dict("records")
+    ]
     names = ["stderr", "ours", "ours_sd", "ours_stderr", "ours_n", "difference", "standard_errors"]
     beside = pd.DataFrame(found, columns=[*names, "conventions", "missing"])
     types: dict[str, Any] = {**dict.fromkeys(names, "float64"), "ours_n": "Int64"}
@@ -176,10 +183,9 @@ def _stand_in(models: pd.DataFrame) -> pd.Series[bool]:
     return _equal(models["stand_in"], True)
 
 
-def _matching(tables: _Tables, study: str, settings: str) -> pd.DataFrame:
-    """The models of a study that have these settings."""
-    models = tables.models
-    matches = models["study"] == study
+def _matching(models: pd.DataFrame, settings: str) -> pd.DataFrame:
+    """The models that have these settings."""
+    matches = pd.Series(True, index=models.index)
     for name, value in json.loads(settings).items():
         if name not in models.columns:
             return models.iloc[:0]
@@ -187,7 +193,39 @@ def _matching(tables: _Tables, study: str, settings: str) -> pd.DataFrame:
     return models[matches]
 
 
-def _one(row: Mapping[Any, Any], models: pd.DataFrame, tables: _Tables) -> dict[str, object]:
+def _changed(models: pd.DataFrame, recipes: pd.DataFrame | None, settings: str) -> tuple[str, ...]:
+    """What our models of a row were trained with, and the study's own are not; seeds apart."""
+    if recipes is None or models.empty:
+        return ()
+    own = _matching(recipes, settings)
+    said = []
+    for name in own.columns:
+        if name == "seed" or name.endswith("_seed") or name not in models.columns:
+            continue
+        # null is a setting that came with a later version, whose neutral value these models have
+        ours, theirs = (dict.fromkeys(map(_told, values)) for values in (models[name].dropna(), own[name]))
+        if not set(ours) <= set(theirs):
+            said.append(f"{name} {_listed(ours)}, the study's {_listed(theirs)}")
+    return tuple(said)
+
+
+def _told(value: Any) -> str:
+    """A setting's value as text; numbers that are equal are told alike, and lists whatever kind of list they are."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return "[" + ", ".join(map(_told, value)) + "]"
+    if frames.is_null(value) or isinstance(value, str):
+        return "none" if frames.is_null(value) else value
+    return format_value(bool(value) if isinstance(value, bool | np.bool_) else float(value))
+
+
+def _listed(values: Iterable[str]) -> str:
+    first = list(values)
+    return " or ".join(first[:3]) + (" or others" if len(first) > 3 else "")
+
+
+def _one(
+    row: Mapping[Any, Any], models: pd.DataFrame, tables: _Tables, changed: tuple[str, ...] = ()
+) -> dict[str, object]:
     """Our side of one published row."""
     tau = _TAU.fullmatch(row["quantity"])
     if models.empty:
@@ -207,7 +245,7 @@ def _one(row: Mapping[Any, Any], models: pd.DataFrame, tables: _Tables) -> dict[
         "ours_n": ours.n,
         "difference": difference,
         "standard_errors": difference / error if error > 0 else math.nan,
-        "conventions": "; ".join(filter(None, [*_conventions(row, models), *ours.conventions])),
+        "conventions": "; ".join(filter(None, [*changed, *_conventions(row, models, changed), *ours.conventions])),
         "missing": ours.missing,
     }
 
@@ -293,7 +331,7 @@ def _stderr(row: Mapping[Any, Any]) -> float:
     return float(spread) / math.sqrt(scale)
 
 
-def _conventions(row: Mapping[Any, Any], models: pd.DataFrame) -> list[str]:
+def _conventions(row: Mapping[Any, Any], models: pd.DataFrame, changed: Sequence[str]) -> list[str]:
     """What differs between a published number and ours, in words."""
     said = []
     if row["quantity"].startswith("best_test"):
@@ -306,8 +344,14 @@ def _conventions(row: Mapping[Any, Any], models: pd.DataFrame) -> list[str]:
         said.append("the paper's ± is half a 95 % interval")
     if not frames.is_null(row["n"]) and row["n"] == 1:
         said.append("theirs is one model")
+    told = {text.partition(" ")[0] for text in changed}
     for name, value in json.loads(row["recipe"]).items():
-        if len(models) and name in models.columns and not (_equal(models[name], value) | models[name].isna()).all():
+        if (
+            name not in told
+            and len(models)
+            and name in models.columns
+            and not (_equal(models[name], value) | models[name].isna()).all()
+        ):
             other = " or ".join(format_value(one) for one in frames.ordered(models[name])[:3])
             said.append(f"{name} {other}, theirs {format_value(value)}")
     return [*said, row["note"]]

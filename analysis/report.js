@@ -1,9 +1,42 @@
-// Draws the figures, offers their data as CSV, and lets the table of models be sorted and filtered.
+// Draws the figures of what is chosen, offers their data as CSV, and lets the table of models be sorted and filtered.
 "use strict";
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
 
-  function drawFigures() {
+  const state = {};
+  const figures = {};
+  let dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+
+  const fits = (of) => Object.entries(of).every(([name, value]) => state[name] === value);
+
+  // the figures are made for a light page; in the dark only what surrounds the data changes
+  function coloured(layout) {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const out = { ...layout, paper_bgcolor: colour("--card"), plot_bgcolor: colour("--card") };
+    out.font = { ...layout.font, color: colour("--ink") };
+    for (const name of Object.keys(layout)) {
+      if (/^[xy]axis\d*$/.test(name)) {
+        out[name] = {
+          ...layout[name], gridcolor: colour("--grid"), linecolor: colour("--soft"), zerolinecolor: colour("--line"),
+        };
+      }
+    }
+    // plotly.js has one colour for the active button, a light one
+    const menu = { bgcolor: "#dfe3e9", font: { color: "#1f2933" } };
+    const menus = (layout.updatemenus || []).map((one) => (dark ? { ...one, ...menu } : one));
+    return menus.length ? { ...out, updatemenus: menus } : out;
+  }
+
+  // the dark end of a colour scale cannot be seen on a dark page
+  function lifted(trace) {
+    const parts = dark && /^rgb\((\d+), (\d+), (\d+)\)$/.exec(trace.line?.color ?? "");
+    if (!parts || 0.2126 * parts[1] + 0.7152 * parts[2] + 0.0722 * parts[3] > 90) return trace;
+    const lighter = parts.slice(1).map((channel) => Math.round(Number(channel) / 2 + 127));
+    return { ...trace, line: { ...trace.line, color: `rgb(${lighter.join(", ")})` } };
+  }
+
+  function drawFigure(place) {
     // plotly.js would offer a button that sends the chart to its maker's server; the numbers stay in this file
     const options = {
       responsive: true,
@@ -12,10 +45,53 @@
       plotlyServerURL: "",
       modeBarButtonsToRemove: ["sendDataToCloud", "sendChartToCloud", "lasso2d", "select2d"],
     };
-    for (const place of document.querySelectorAll(".plot")) {
-      const figure = read("plot-" + place.dataset.figure);
-      Plotly.newPlot(place, figure.data, figure.layout, options);
+    const name = place.dataset.figure;
+    const figure = figures[name] ??= read("plot-" + name);
+    const variant = figure.variants.find((one) => fits(one.of));
+    const box = place.closest("figure");
+    const button = box.querySelector(".download");
+    button.disabled = !variant || "reason" in variant;
+    box.classList.toggle("absent", button.disabled);
+    if (button.disabled) {
+      Plotly.purge(place);
+      place.style.minHeight = "0";
+      const reason = variant ? variant.reason : "the measure is not in it.";
+      box.querySelector(".caption").textContent = "No figure for this choice: " + reason;
+      return;
     }
+    const traces = variant.traces.map(([number, own]) => ({ ...structuredClone(figure.traces[number]), ...own }));
+    button.dataset.place = variant.table;
+    box.querySelector(".caption").textContent = variant.caption;
+    place.style.minHeight = variant.layout.height + "px";
+    Plotly.react(place, traces.map(lifted), coloured(structuredClone(variant.layout)), options);
+  }
+
+  const drawFigures = () => document.querySelectorAll(".plot").forEach(drawFigure);
+
+  function follow() {
+    for (const part of document.querySelectorAll("[data-of]")) part.hidden = !fits(JSON.parse(part.dataset.of));
+    drawFigures();
+  }
+
+  function offerChoices() {
+    for (const control of document.querySelectorAll("[data-control]")) {
+      state[control.dataset.control] = control.value;
+      control.addEventListener("change", () => {
+        state[control.dataset.control] = control.value;
+        follow();
+      });
+    }
+    document.querySelector(".controls").addEventListener("submit", (event) => event.preventDefault());
+    const button = document.getElementById("theme");
+    const show = () => {
+      document.documentElement.dataset.theme = dark ? "dark" : "light";
+      button.setAttribute("aria-pressed", String(dark));
+      drawFigures();
+    };
+    button.addEventListener("click", () => { dark = !dark; show(); });
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    button.setAttribute("aria-pressed", String(dark));
+    follow();
   }
 
   function toCsv(table) {
@@ -29,7 +105,9 @@
   function offerDownloads() {
     for (const button of document.querySelectorAll(".download")) {
       button.addEventListener("click", () => {
-        const blob = new Blob([toCsv(read("data-" + button.dataset.table))], { type: "text/csv" });
+        const found = read("data-" + button.dataset.table);
+        const table = Array.isArray(found) ? found[Number(button.dataset.place)] : found;
+        const blob = new Blob([toCsv(table)], { type: "text/csv" });
         const link = document.createElement("a");
         link.href = URL.createObjectURL(blob);
         link.download = button.dataset.table + ".csv";
@@ -142,5 +220,5 @@
 
   offerDownloads();
   modelTable();
-  drawFigures();
+  offerChoices();
 })();

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from flatmin.analysis import frames, page, published, sections
-from flatmin.analysis.correlation import Correlations, correlate
+from flatmin.analysis import choices, controls, frames, page, published, sections
+from flatmin.analysis.association import MeasureCorrelation
+from flatmin.analysis.choices import View
+from flatmin.analysis.section import Left, Section, Variant
 from flatmin.analysis.tuned import tuned
 from flatmin.errors import RequestError
 
@@ -28,6 +30,9 @@ def report(
     target: str = "gen_gap",
     planned: int | None = None,
     failed: int | None = None,
+    plan: pd.DataFrame | None = None,
+    failures: pd.DataFrame | None = None,
+    recipes: pd.DataFrame | None = None,
 ) -> Path:
     """Write the report of a study.
 
@@ -44,6 +49,9 @@ def report(
         target: The column that measures are compared with.
         planned: How many models the study plans; None when unknown.
         failed: How many of them failed; None when unknown.
+        plan: Rows of the `plan/` table, for the coverage of the grid; None when unknown.
+        failures: Rows of the `failures/` table, for the same; None when unknown.
+        recipes: The settings of the models of a study with published numbers, as it trains them; None when it has none.
 
     Returns:
         The path.
@@ -60,21 +68,32 @@ def report(
     models = models.reset_index(drop=True)
     epochs = pd.DataFrame() if epochs is None else epochs
     sharpness = pd.DataFrame() if sharpness is None else sharpness
-    result, reason = _correlations(models, sharpness, target)
-    compared = published.compare(models, sharpness, epochs)
-    shown, left = sections.figures(models, epochs, sharpness, result, target=target, spectra=spectra, compared=compared)
+    views = choices.views(models, sharpness, target)
+    compared = published.compare(models, sharpness, epochs, recipes=recipes)
+    shown, left = sections.figures(
+        views,
+        epochs,
+        sharpness,
+        target=target,
+        spectra=spectra,
+        compared=compared,
+        plan=plan,
+        failures=failures,
+    )
+    state = controls.first(views, models, sharpness)
     facts = _execution(models)
     body = "\n".join(
         [
             _header(study),
             _headline(models, facts, planned, failed),
-            _findings(shown),
+            controls.bar(views, models, sharpness),
+            _findings(shown, state),
             "<main>",
-            *[_figure(section) for section in shown],
+            *[_figure(section, state) for section in shown],
             _left_out(left),
             _published(compared, models),
             _tuned(models),
-            _correlation_table(result, reason),
+            *[_correlation_table(view, state) for view in views],
             _model_table(models, sharpness),
             _settings(study, models),
             "</main>",
@@ -86,15 +105,6 @@ def report(
     except OSError as problem:
         raise RequestError(f"{path}: cannot be written ({problem.strerror}).") from problem
     return path
-
-
-def _correlations(models: pd.DataFrame, sharpness: pd.DataFrame, target: str) -> tuple[Correlations | None, str]:
-    if sharpness.empty:
-        return None, "no measure was taken."
-    try:
-        return correlate(models, sharpness, target=target), ""
-    except RequestError as problem:
-        return None, str(problem)
 
 
 def _execution(models: pd.DataFrame) -> dict[str, list[str]]:
@@ -154,44 +164,52 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _findings(shown: list[sections.Section]) -> str:
-    said = "".join(f"<p>{page.text(finding)}</p>" for section in shown for finding in section.findings)
-    return f'<section class="finding">{said}</section>' if said else ""
+def _findings(shown: Sequence[Section], state: Mapping[str, str]) -> str:
+    said = "".join(
+        # what a finding says of all measures holds whichever one is looked at
+        f"<p{controls.only({name: variant.of[name] for name in variant.of if name != 'measure'}, state)}>"
+        f"{page.text(finding)}</p>"
+        for section in sorted(shown, key=lambda section: section.name != "correlations")
+        for variant in section.variants
+        if isinstance(variant, Variant)
+        for finding in variant.findings
+    )
+    return f'<section class="finding" id="conclusions" aria-live="polite">{said}</section>' if said else ""
 
 
-def _figure(section: sections.Section) -> str:
-    figure, height = section.figure.to_json(), section.figure.layout.height
+def _figure(section: Section, state: Mapping[str, str]) -> str:
+    first = next(one for one in section.variants if controls.fits(one.of, state))
+    figure = isinstance(first, Variant)
+    caption = first.caption if isinstance(first, Variant) else f"No figure for this choice: {first.reason}"
+    height = first.figure["layout"]["height"] if isinstance(first, Variant) else 0
     return (
         f'<figure id="figure-{section.name}"><h2>{page.text(section.heading)}</h2>'
         f'<div class="plot" data-figure="{section.name}" style="min-height:{height}px"></div>'
-        f"<figcaption>{page.text(section.caption)}"
-        f' <button type="button" class="download" data-table="{section.name}">Download data (CSV)</button>'
-        f"</figcaption></figure>\n"
-        f"{page.embed(f'plot-{section.name}', str(figure))}\n"
-        f"{page.embed_frame(f'data-{section.name}', section.data)}"
+        f'<figcaption><span class="caption">{page.text(caption)}</span>'
+        f' <button type="button" class="download" data-table="{section.name}"{"" if figure else " disabled"}>'
+        f"Download data (CSV)</button></figcaption></figure>\n"
+        f"{page.embed_figures(section.name, section.variants)}"
     )
 
 
-def _left_out(left: list[sections.Left]) -> str:
+def _left_out(left: Sequence[Left]) -> str:
     if not left:
         return ""
     items = "".join(f"<li>{page.text(item.heading)}: {page.text(item.reason)}</li>" for item in left)
     return f'<section class="left"><h2>Left out</h2><ul>{items}</ul></section>'
 
 
-def _correlation_table(result: Correlations | None, reason: str) -> str:
-    heading = "<section><h2>Correlations</h2>"
+def _correlation_table(view: View, state: Mapping[str, str]) -> str:
+    result = view.result
+    heading = f"<section{controls.only(view.of, state)}><h2>Correlations</h2>"
     if result is None:
-        return f"{heading}<p>No correlation: {page.text(reason)}</p></section>"
+        return f"{heading}<p>No correlation: {page.text(view.reason)}</p></section>"
     rows = []
     for name, one in sorted(
         result.measures.items(), key=lambda item: -(item[1].tau if item[1].tau is not None else -2)
     ):
-        interval = "–" if one.tau_low is None else f"[{one.tau_low:.3f}, {one.tau_high:.3f}]"
-        numbers = [
-            "–" if value is None else f"{value:.3f}" for value in (one.tau, one.tau_rows, one.spearman, one.pearson)
-        ]
-        rows.append([name, numbers[0], interval, one.n, one.n_configs, *numbers[1:]])
+        rows.append(_correlation_row(name, one))
+    rows += [_correlation_row(f"{name} (control)", one) for name, one in result.controls.items()]
     header = [
         "measure",
         "Kendall τ",
@@ -201,13 +219,40 @@ def _correlation_table(result: Correlations | None, reason: str) -> str:
         "τ over rows",
         "Spearman",
         "Pearson",
+        "partial",
+        "95 % interval",
+        "sign changes",
+        "Ψ",
+        "CMI",
+        "q",
     ]
     dropped = "; ".join(f"{reason} ({count})" for reason, count in result.dropped.items())
-    notes = [f"Target: {result.target}. τ, Spearman and Pearson on seed means."]
+    how = "τ, Spearman and Pearson on seed means" if view.seeds == "means" else "τ over models, without intervals"
+    notes = [f"Target: {result.target}. {how}; partial: rank correlation given {', '.join(result.axes) or 'nothing'}."]
     notes += [f"Left out: {dropped}."] if dropped else []
     notes += [f"{note}." for note in result.notes]
     note = f'<p class="note">{page.text(" ".join(notes))}</p>'
     return f"{heading}{page.table(header, rows, kind='numbers')}{note}</section>"
+
+
+def _correlation_row(name: str, one: MeasureCorrelation) -> tuple[object, ...]:
+    def number(value: float | None) -> str | None:
+        return None if value is None else f"{value:.3f}"
+
+    def interval(low: float | None, high: float | None) -> str | None:
+        return None if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+
+    return (
+        name,
+        number(one.tau),
+        interval(one.tau_low, one.tau_high),
+        one.n,
+        one.n_configs,
+        *map(number, (one.tau_rows, one.spearman, one.pearson, one.partial)),
+        interval(one.partial_low, one.partial_high),
+        None if one.sign_flip is None else "yes" if one.sign_flip else "no",
+        *map(number, (one.psi_mean, one.cmi, one.q)),
+    )
 
 
 def _published(compared: pd.DataFrame, models: pd.DataFrame) -> str:

@@ -116,6 +116,8 @@ def calibrate(
         RequestError: A trial cannot be trained, or this machine has not what it needs.
         FlatminError: The data are not here.
     """
+    if budget < SHORTEST:
+        raise RequestError(f"--calibrate-budget {budget:g}s: pilots of less than {SHORTEST:g} s say nothing")
     costs = trial_costs(trials)
     lacking = next((cost for cost in costs if "error" in cost or cost["assumed"]), None)
     if lacking is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,6 +55,36 @@ def query(
     from flatmin.orchestrator.inspect import rows_of
 
     write(rows_of(results, str(sql)), output_format)
+
+
+def export(
+    results: ResultsOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The zip file to write; with --to, the folder.")],
+    weights: Annotated[bool, typer.Option("--weights", help="Pack the weights too.")] = False,
+    viewer: Annotated[
+        Literal["tensorboard", "mlflow", "wandb"] | None,
+        typer.Option("--to", help="Write another viewer's files instead of an archive."),
+    ] = None,
+) -> None:
+    """Pack rows, study, versions, column dictionary and checksums for a paper's supplement."""
+    from flatmin.orchestrator.exporters import export_to
+    from flatmin.orchestrator.release import export as pack
+
+    if viewer is None:
+        print(pack(results, output, weights=weights))
+    elif weights:
+        raise RequestError(f"export: --weights goes into an archive, not into the files of {viewer}; leave one out")
+    else:
+        print(export_to(viewer, results, output))
+
+
+def import_(
+    archive: Annotated[Path, typer.Argument(metavar="FILE.zip", help="What export wrote.")], results: ResultsOption
+) -> None:
+    """Make a results directory of an exported study, every file checked."""
+    from flatmin.orchestrator.release import import_study
+
+    print(import_study(archive, results).path)
 
 
 def correlate(

@@ -6,7 +6,7 @@ From the columns' own declarations (`flatmin.tables`) and, of settings and measu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
@@ -14,32 +14,43 @@ import pyarrow as pa
 from flatmin.errors import RequestError
 from flatmin.labels import parse_label
 from flatmin.orchestrator.grid import NAMES
-from flatmin.orchestrator.inspect import VIEWS, published, relation
+from flatmin.orchestrator.inspect import VIEWS, relation
 from flatmin.plugins import listing
 from flatmin.results import Results
 from flatmin.settings import Argument
-from flatmin.tables import COLUMNS, TABLES, schema
+from flatmin.tables import COLUMNS, TABLES, Column, schema
 
 WITH_SETTINGS = ("plan", "models", "wide")
 """The tables and views with a column for every setting."""
 
 _OF_MODELS = ("network", "dataset", "optimizer", "training")
 
-_PUBLISHED: Mapping[str, tuple[str, str]] = {
-    "study": ("", "the built-in study that trains these models"),
-    "settings": ("", "JSON: the settings that tell the models of this row from the study's others"),
-    "epoch": ("epochs", "the epoch the number is of; null: the last"),
-    "quantity": ("", "a column of `wide`, a rank correlation, or one of the list in docs/published.md"),
-    "printed": ("", "the number as printed, with its unit"),
-    "value": ("the quantity's", "the number in our units"),
-    "spread": ("the quantity's", "the number's ± in our units"),
-    "spread_kind": ("", "what the ± is: sd, pop_sd, se, ci95, range, read-off or none"),
-    "ci95": ("the quantity's", "half the width of the printed 95 % interval"),
-    "n": ("", "models in a mean, configurations in a correlation; null where it is not recorded"),
-    "recipe": ("", "JSON: further settings, which do not choose the models"),
-    "source": ("", "where the number is from"),
-    "note": ("", "what to know before comparing it"),
-}
+_TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
+_OWN_UNIT = "the quantity's"
+_PUBLISHED = (
+    Column("study", _TEXT, "the built-in study that trains these models"),
+    Column("settings", _TEXT, "JSON: the settings that tell the models of this row from the study's others"),
+    Column("epoch", _WHOLE, "the epoch the number is of; null: the last", "epochs"),
+    Column("quantity", _TEXT, "a column of `wide`, a rank correlation, or one of the list in published.md"),
+    Column("printed", _TEXT, "the number as printed, with its unit"),
+    Column("value", _REAL, "the number in our units", _OWN_UNIT),
+    Column("spread", _REAL, "the number's ± in our units", _OWN_UNIT),
+    Column("spread_kind", _TEXT, "what the ± is: sd, pop_sd, se, ci95, range, read-off or none"),
+    Column("ci95", _REAL, "half the width of the printed 95 % interval", _OWN_UNIT),
+    Column("n", _WHOLE, "models in a mean, configurations in a correlation; null where it is not recorded"),
+    Column("recipe", _TEXT, "JSON: further settings, which do not choose the models"),
+    Column("source", _TEXT, "where the number is from"),
+    Column("note", _TEXT, "what to know before comparing it"),
+    Column("stderr", _REAL, "standard error of the published number", _OWN_UNIT),
+    Column("ours", _REAL, "the same quantity of the results' models: a mean, or a correlation", _OWN_UNIT),
+    Column("ours_sd", _REAL, "standard deviation of ours over models (n - 1)", _OWN_UNIT),
+    Column("ours_stderr", _REAL, "standard error of ours", _OWN_UNIT),
+    Column("ours_n", _WHOLE, "models, or configurations, behind ours"),
+    Column("difference", _REAL, "ours - value", _OWN_UNIT),
+    Column("standard_errors", _REAL, "the difference in units of its standard error"),
+    Column("conventions", _TEXT, "what differs in how the two were made"),
+    Column("missing", _TEXT, "why there is nothing of ours; empty where there is"),
+)
 
 _SQL_TYPES = {
     pa.string(): "VARCHAR",
@@ -131,12 +142,10 @@ def _rows(entries: Iterable[Entry]) -> list[str]:
 
 def _entries(table: str, results: Results | None) -> list[Entry]:
     fields = relation(results, table).schema if results else _all_columns(table)
-    declared = COLUMNS.get("models" if table == "wide" else table, [])
+    declared = _PUBLISHED if table == "published" else COLUMNS["models" if table == "wide" else table]
     known = {column.name: (column.unit, column.about) for column in declared}
     if table in WITH_SETTINGS:
         known = _settings() | known
-    if table == "published":
-        known = dict(_PUBLISHED)
     found = ((field, known.get(field.name) or _of_measure(field.name)) for field in fields)
     return [Entry(table, field.name, _sql_type(field.type), unit, about) for field, (unit, about) in found]
 
@@ -144,7 +153,7 @@ def _entries(table: str, results: Results | None) -> list[Entry]:
 def _all_columns(table: str) -> pa.Schema:
     """Return the columns that a table can have, whatever the study."""
     if table == "published":
-        return published().schema
+        return pa.schema([(column.name, column.kind) for column in _PUBLISHED])
     fields = schema("models" if table == "wide" else table, _arguments() if table in WITH_SETTINGS else None)
     measures = listing("measure") if table == "wide" else ()
     return pa.schema([*fields, *((name, pa.float64()) for name in measures)])
@@ -164,7 +173,7 @@ def _settings() -> dict[str, tuple[str, str]]:
 def _of_measure(label: str) -> tuple[str, str]:
     """Return unit and meaning of a measure's column; nothing of a plug-in that is not installed here."""
     try:
-        return "", listing("measure")[parse_label(label).name].about
+        return "", listing("measure")[parse_label(label).measure].about
     except (RequestError, KeyError):
         return "", "of a plug-in that is not installed here"
 

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -54,7 +55,10 @@ def _csv(rows: pa.Table) -> None:
         if pa.types.is_nested(column.type) or pa.types.is_duration(column.type) or pa.types.is_interval(column.type):
             texts = [None if value is None else _text(value) for value in rows.column(place).to_pylist()]
             rows = rows.set_column(place, column.name, pa.array(texts, pa.string()))
-    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
+    texts = [column for column in rows.columns if pa.types.is_string(column.type)]
+    plain = not any(pc.any(pc.match_substring_regex(column, r'[",\r\n]')).as_py() for column in texts)
+    # "needed" quotes every text; "none" refuses those that need it
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none" if plain else "needed")
     pyarrow.csv.write_csv(rows, sys.stdout.buffer, options)
 
 

@@ -6,9 +6,9 @@ import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,9 +16,6 @@ from flatmin import lease
 from flatmin.errors import RequestError, nearest
 from flatmin.results import Results
 from flatmin.tables import TABLES
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def rows_of(results: Results | str | Path, sql: str) -> pa.Table:
             connection.execute("SET enable_external_access = false")
             connection.execute("SET python_enable_replacements = false")
             connection.execute("SET lock_configuration = true")
-            return _plain(connection.sql(statement).to_arrow_table())
+            return _plain(_run(connection, statement))
         except duckdb.Error as error:
             raise RequestError(_explained(str(error), results)) from None
 
@@ -137,20 +134,15 @@ def rows_of(results: Results | str | Path, sql: str) -> pa.Table:
 def relation(results: Results, name: str) -> pa.Table:
     """Return a table or view; `models` without rows yet still has the columns of the plan's settings."""
     if name == "published":
-        return published()
+        from flatmin.orchestrator.beside import published_beside
+
+        return pa.Table.from_pandas(published_beside(results), preserve_index=False)
     if name == "wide":
         return results.wide_table()
     rows = results.table(name)
     if name == "models" and not len(rows):
         rows = pa.unify_schemas([rows.schema, results.table("plan").schema]).empty_table()
     return rows
-
-
-def published() -> pa.Table:
-    """Return the published numbers of all studies, whatever the results are of."""
-    from flatmin.analysis.published import published as numbers
-
-    return pa.Table.from_pandas(numbers(), preserve_index=False)
 
 
 def _statement(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
@@ -168,6 +160,14 @@ def _statement(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
     return str(statement.query)
 
 
+def _run(connection: duckdb.DuckDBPyConnection, statement: str) -> pa.Table:
+    try:
+        return connection.sql(statement).to_arrow_table()
+    except duckdb.Error:
+        connection.execute(statement)  # raises the same error, with the place in the text
+        raise
+
+
 def _mentioned(sql: str) -> list[str]:
     """Return the tables and views that a query may be about: those whose names are in it, all where none is."""
     words = set(re.findall(r"\w+", sql.lower()))
@@ -175,7 +175,11 @@ def _mentioned(sql: str) -> list[str]:
 
 
 def _plain(rows: pa.Table) -> pa.Table:
-    """Return rows with sums of whole numbers whole again, decimals as floats, and null for what is not finite."""
+    """Return rows with a name per column, sums of whole numbers whole, decimals as floats, and only finite numbers."""
+    names: list[str] = []
+    for name in rows.column_names:  # `SELECT a.epoch, b.epoch` has two columns of one name
+        names.append(name if name not in names else f"{name}_{rows.column_names[: len(names)].count(name)}")
+    rows = rows.rename_columns(names)
     for place, column in enumerate(rows.schema):
         values = rows.column(place)
         if pa.types.is_decimal(column.type):
@@ -200,8 +204,8 @@ def _explained(message: str, results: Results) -> str:
         names = {name for table in (*TABLES, *VIEWS) for name in relation(results, table).column_names}
         hint = nearest(given[1] or given[2], names)
     elif "disabled" in first or "locked" in first:
-        hint = " A query reads the tables, and neither files nor the network."
-    if "Did you mean" not in hint and not hint.startswith(" A query"):
+        hint = "; a query reads the tables, and neither files nor the network"
+    if " Valid:" in hint:  # the line below has them
         hint = ""
     tables = f"Tables: {', '.join(TABLES)}, and the views {', '.join(VIEWS)}; query --schema lists their columns."
     return "\n".join([first + hint, *place, tables])

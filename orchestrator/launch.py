@@ -135,6 +135,7 @@ def launch(
         with Lease(directory, options.run.max_failures) as lease:
             heal(directory, console)
             write_plan(directory, plan, checked)
+            train_where_weights_are_left_out(directory, plan)
             return _carry_out(directory, plan, options, console, lease)
 
 
@@ -202,7 +203,7 @@ def measure(
             if lost:
                 raise ResultsError(
                     f"'{directory.weights_file(lost[0])}' cannot be read ({len(lost)} such files); "
-                    "launch the study again: it trains the models of these trials anew"
+                    "launch the study again, with these measures: it trains the models of these trials anew"
                 )
             heal(directory, console)
             rows = directory.table("models").to_pylist()
@@ -228,6 +229,14 @@ def setting_names(row: Mapping[str, Any]) -> list[str]:
 
 def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease) -> Launched:
     before = what_is_missing(results, plan)
+    late = measured_at_end_alone(results, plan)
+    if late:
+        console.print(
+            f"measure_every: {late} models that are there were measured at their end alone, and their earlier weights "
+            "are not kept; launch into another directory to see them under way",
+            style="yellow",
+            highlight=False,
+        )
     out_of_time = _run(results, before, options, console, lease, len(plan.models))
     results.clear_temporary()
     after = what_is_missing(results, plan)
@@ -252,6 +261,21 @@ def what_is_missing(results: Results, plan: Plan) -> Missing:
     """Return what of a plan is not in a results directory."""
     models = results.table("models").select(["model_id", "trial_id", "status"]).to_pylist()
     return missing(plan, models, results.measured())
+
+
+def measured_at_end_alone(results: Results, plan: Plan) -> int:
+    """Return how many models of a plan that asks for measures under way were trained, and have none."""
+    every = {
+        model.model_id: trial.measure_every
+        for trial in plan.trials
+        if trial.measure_every and trial.measures
+        for model in trial.models
+    }
+    models = results.table("models").select(["model_id", "epochs_run"]).to_pylist() if every else []
+    ended = {row["model_id"]: row["epochs_run"] for row in models if row["model_id"] in every}
+    rows = results.table("sharpness").select(["model_id", "epoch"]).to_pylist() if ended else []
+    under_way = {row["model_id"] for row in rows if row["epoch"] < ended.get(row["model_id"], 0)}
+    return sum(epochs > (every[model_id] or 0) and model_id not in under_way for model_id, epochs in ended.items())
 
 
 def refused(results: Results, done: Missing) -> dict[str, str]:
@@ -291,11 +315,21 @@ def heal(results: Results, console: Console) -> None:
         results.remove(file)
         if table == "epochs":
             results.remove(results.table_file("models", file.stem))
+    left_out = results.check_schema().get("weights") is False
     for trial_id in lost_weights(results):
+        if left_out and not results.weights_file(trial_id).exists():
+            continue
         console.print(
             f"[yellow]{results.weights_file(trial_id)} cannot be read; its models are trained again", highlight=False
         )
         results.remove(results.table_file("models", trial_id))
+
+
+def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
+    """Take models that lack a measure out of results that came without weights, so that they are trained again."""
+    for trial in what_is_missing(results, plan).measure:
+        if not results.weights_file(trial.trial_id).exists():
+            results.remove(results.table_file("models", trial.trial_id))
 
 
 def lost_weights(results: Results) -> list[str]:

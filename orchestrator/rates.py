@@ -19,8 +19,9 @@ from typing import Any
 from flatmin.labels import parse_label
 from flatmin.trial import Trial
 
-STEP_SECONDS, LAYER_SECONDS = 1.2e-3, 2e-5
-"""Time of a gradient that no arithmetic explains: gathering the batch and updating; and a pass through a layer."""
+STEP_SECONDS, PASS_SECONDS, LAYER_SECONDS = 1.2e-3, 3e-4, 2e-5
+"""Time that no arithmetic explains: of a gradient, whose batch is gathered and which updates; of a measure's pass; and
+of a pass through a layer."""
 
 FLOPS = 8e9
 """Floating-point operations per second of one core on small matrices."""
@@ -44,6 +45,9 @@ _PRODUCTS: Mapping[str, int] = {
     "hessian_density": 400,
 }
 """Hessian-vector products, of four passes each; as many as there are weights give the exact value."""
+
+_SIGMAS = 12
+"""Deviations of the noise at which pac_bayes takes each of its draws."""
 
 _BATCHES = 32
 """Batches that a measure of batches takes: it stops at 16 to 64."""
@@ -101,7 +105,7 @@ def predicted_rates(trial: Trial, cost: Mapping[str, Any]) -> Rates:
             gradients * (STEP_SECONDS + 3 * passing.fixed), 3 * gradients * (passing.each + examples * arithmetic)
         ),
         evaluation=Line(passing.fixed, passing.each + cost["train_size"] * arithmetic),
-        measures=trial_passes(trial, cost) * cost["train_size"] * arithmetic,
+        measures=trial_passes(trial, cost) * (PASS_SECONDS + layers + cost["train_size"] * arithmetic),
     )
 
 
@@ -121,8 +125,10 @@ def measure_passes(text: str, n_params: int, examples: int) -> float:
     label = _parsed(text)
     name, given = label.measure, label.arguments
     subset = label.common["subset"]
-    share = 1.0 if subset is None else min(1.0, 2 * subset / examples)
+    share = 1.0 if subset is None else min(1.0, subset / examples)
     most = float(given.get("max_samples") or given.get("max_steps") or math.inf)
+    if "max_draws" in given:
+        most = float(_SIGMAS * given["max_draws"])
     if given.get("published") and name in {"hessian_trace", "effective_dimension"}:
         return share * 800.0
     if name in _PRODUCTS:
@@ -133,10 +139,11 @@ def measure_passes(text: str, n_params: int, examples: int) -> float:
         losses = float(given["points_per_axis"] ** given["dimensions"])
         return share * (losses + (256.0 if given["directions"] == "hessian" else 0.0))
     if name in {"sam_sharpness", "worst_sharpness", "local_entropy_gradient"}:
-        of_kind = {"first_order": 2.0, "true": 43.0}.get(str(given.get("kind")), 3.0)
-        each = {"worst_sharpness": 43.0, "local_entropy_gradient": 40.0}.get(name, of_kind)
+        climb = 2.0 * float(given["steps"])
+        of_kind = {"first_order": 2.0, "true": climb + 3}.get(str(given.get("kind")), 3.0)
+        each = {"worst_sharpness": climb + 3, "local_entropy_gradient": climb}.get(name, of_kind)
         batch = given["batch"]
-        return each * (share if batch is None else min(_BATCHES * batch, 64 * examples) / examples)
+        return each * (share if batch is None else min(_BATCHES, most) * min(batch, examples) / examples)
     return share * min(_PASSES.get(name, _OTHERS), most)
 
 
@@ -154,7 +161,7 @@ def trial_seconds(trial: Trial, cost: Mapping[str, Any], rates: Rates, ends: Seq
         ends: The epoch after which each of its models ends.
     """
     every = trial.measure_every
-    times = len(ends) if every is None else sum(1 + end // every for end in ends)
+    times = len(ends) if every is None else sum(math.ceil(end / every) for end in ends)
     return training_seconds(trial, cost, rates, ends) + rates.measures * times
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from flatmin.analysis.report import report
+from flatmin.orchestrator.beside import as_published
 from flatmin.orchestrator.inspect import status
 from flatmin.results import Results
 
@@ -36,4 +37,5 @@ def write_report(results: str | Path, path: str | Path) -> Path:
         failed=counts.failed,
         plan=opened.plan(),
         failures=opened.failures(),
+        recipes=as_published(str(study.get("study", ""))),
     )

@@ -134,6 +134,8 @@ def read_study(
     file = _override(file.twin() if small else file, overrides, where, problems)
     expansion = expand(file, where, problems, at_most)
     labels = _labels(file, where, problems)
+    if file.small is not None:
+        _check_twin(study_file(document, []), document, problems, at_most)
     if problems:
         raise StudyError(list(dict.fromkeys(problems)))
     models = selected(expansion.models, expansion.arguments, only)
@@ -141,6 +143,15 @@ def read_study(
         identity: tuple(dict.fromkeys(labels[text] for text in expansion.measures[identity])) for identity in models
     }
     return Study(file, tuple(models.values()), expansion.arguments, measures_of)
+
+
+def _check_twin(file: StudyFile | None, document: Document, problems: list[str], at_most: int | None) -> None:
+    """Add what is wrong with a study's small twin: it is found when the study is read, not when the twin is wanted."""
+    if file is None or file.small is None:
+        return
+    twin, where = file.twin(), _Where(document, small=True)
+    expand(twin, where, problems, at_most)
+    _labels(twin, where, problems)
 
 
 def _places_of_measures(data: Any) -> Iterator[Place]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -89,12 +90,13 @@ def short(value: Any) -> str:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; without a header where all its names are empty."""
-    import pandas as pd
-
     table = Table(*header, show_header=any(header), box=None, pad_edge=False)
     for row in rows:
         table.add_row(
-            *("" if pd.api.types.is_scalar(value) and pd.isna(value) else escape(str(value)) for value in row)
+            *(
+                "" if value is None or (isinstance(value, float) and math.isnan(value)) else escape(str(value))
+                for value in row
+            )
         )
     # A pipe has no width of its own: whole cells are worth more there than lines of 80 characters.
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)

@@ -138,7 +138,8 @@ def _lines(figure: go.Figure, rows: pd.DataFrame, colour: str, row: int) -> None
         name = theme.title(first).split(" (")[0]
         if group["by"].notna().iloc[0]:
             name = f"{name}, {group['by'].iloc[0]} {theme.format_value(value)}"
-        link = {"legendgroup": f"{first} {value}", "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
+        own = {"meta": first} if group["kind"].iloc[0] == "measure" else {}
+        link = own | {"legendgroup": f"{first} {value}", "showlegend": False, "hoverinfo": "skip", "mode": "lines"}
         edge = {"width": 0, "color": shade}
         figure.add_scatter(x=group["x"], y=group["high"], line=edge, **link, row=row, col=1)
         fill = {"fill": "tonexty", "fillcolor": theme.transparent(shade, 0.18)}
@@ -147,6 +148,7 @@ def _lines(figure: go.Figure, rows: pd.DataFrame, colour: str, row: int) -> None
             x=group["x"],
             y=group["mean"],
             name=name,
+            **own,
             legendgroup=f"{first} {value}",
             showlegend=group["kind"].iloc[0] != "measure",
             mode="lines+markers",

@@ -16,6 +16,9 @@ from flatmin.analysis.figures import theme
 MOST_ERROR_BARS = 1000
 """Points of a panel above which error bars are left away: they would only make the page slow and black."""
 
+MOST_POINTS = 3000
+"""Points of the whole figure; of more models, some stand for all, the same ones in every panel."""
+
 _FIXED = ["model_id", "measure", "value", "stderr", "target", "target_value"]
 
 
@@ -59,17 +62,71 @@ def data(
     return joined[[*_FIXED, *axes]].sort_values(["measure", "model_id"]).reset_index(drop=True)
 
 
+def averaged(data: pd.DataFrame) -> pd.DataFrame:
+    """Average over the seeds of every configuration.
+
+    Args:
+        data: What `data` returned.
+
+    Returns:
+        One row per configuration and measure: the same columns without the seed, `models` (how many) in place of
+        `model_id`; no `stderr`.
+    """
+    axes = [column for column in data.columns if column not in (*_FIXED, *frames.SEED_COLUMNS)]
+    groups = data.groupby(["measure", *axes], dropna=False, sort=False)
+    means = groups.agg(
+        models=("model_id", "nunique"),
+        value=("value", "mean"),
+        target=("target", "first"),
+        target_value=("target_value", "mean"),
+    ).reset_index()
+    return means.assign(stderr=np.nan)[["models", *_FIXED[1:], *axes]]
+
+
+def thinned(data: pd.DataFrame) -> pd.DataFrame:
+    """Keep points that stand for all, where there are more than `MOST_POINTS`: evenly by rank of the target.
+
+    Args:
+        data: What `data` or `averaged` returned.
+
+    Returns:
+        Some of the rows; a model or configuration that is kept is kept for every measure.
+    """
+    most = max(2, MOST_POINTS // max(1, data["measure"].nunique()))
+    settings = [column for column in data.columns if column not in (*_FIXED, "models")]
+    keys = ["model_id"] if "model_id" in data.columns else settings
+    if not keys:
+        return data
+    point = data.groupby(keys, dropna=False, sort=True).ngroup()
+    order = data.assign(_point=point).groupby("_point")["target_value"].first().sort_values(kind="stable").index
+    return data[point.isin(frames.spread(list(order), most))].reset_index(drop=True)
+
+
+def has_bars(data: pd.DataFrame) -> bool:
+    """Tell whether `draw` gives the points error bars.
+
+    Args:
+        data: What `data` returned.
+    """
+    few = data.groupby("measure").size().max() <= MOST_ERROR_BARS
+    return bool(few and data["stderr"].notna().any())
+
+
 def draw(data: pd.DataFrame) -> go.Figure:
     """Draw one panel per measure, coloured by a setting that the reader chooses.
 
     Args:
-        data: What `data` returned, with at least one row.
+        data: What `data`, `averaged` or `thinned` returned, with at least one row.
 
     Returns:
         The figure; a menu changes the colour when more than one setting varies.
     """
     names = sorted(data["measure"].unique())
-    axes = [column for column in data.columns if column not in _FIXED and data[column].nunique(dropna=False) > 1]
+    axes = [
+        column
+        for column in data.columns
+        if column not in (*_FIXED, "models") and data[column].nunique(dropna=False) > 1
+    ]
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure = make_subplots(
@@ -98,7 +155,8 @@ def _short(target: str) -> str:
 
 
 def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
-    settings = [axis for axis in part.columns if axis not in _FIXED]
+    settings = [axis for axis in part.columns if axis not in (*_FIXED, "models")]
+    first, heading = ("model_id", "") if "model_id" in part.columns else ("models", "models: ")
     lines = [f"{html.escape(axis)} = %{{customdata[{place + 1}]}}" for place, axis in enumerate(settings)]
     few = len(part) <= MOST_ERROR_BARS
     bars = few and part["stderr"].notna().any()
@@ -109,14 +167,15 @@ def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
         y=part["target_value"],
         error_x={"array": part["stderr"].fillna(0), "color": "#9aa4b2", "thickness": 1, "width": 0} if bars else None,
         mode="markers",
+        meta=str(part["measure"].iloc[0]),
         showlegend=False,
         marker={
             "size": 7 if few else 4,
             "color": theme.GREY,
             "line": {"width": 0.5 if few else 0, "color": "white"},
         },
-        customdata=[[_plain(value) for value in row] for row in part[["model_id", *settings]].to_numpy(dtype=object)],
-        hovertemplate="<br>".join(["%{customdata[0]}", "%{x:.4g}, %{y:.4f}", *lines]) + "<extra></extra>",
+        customdata=[[_plain(value) for value in row] for row in part[[first, *settings]].to_numpy(dtype=object)],
+        hovertemplate="<br>".join([f"{heading}%{{customdata[0]}}", "%{x:.4g}, %{y:.4f}", *lines]) + "<extra></extra>",
     )
 
 

@@ -6,6 +6,8 @@ colour vision deficiencies can tell apart.
 
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +31,9 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 _BOTTOM = 60
+
+_LABEL = 34
+"""Characters of a tick label to a line."""
 
 _TITLES = {
     "test_error": "test error (fraction)",
@@ -152,6 +157,37 @@ def format_value(value: object) -> str:
     if value is None:
         return "none"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def wrapped(name: str) -> str:
+    """Return a name as a tick label: escaped, and broken where it is long, so that the plot keeps its room.
+
+    >>> wrapped("lpf"), wrapped("lpf(max_samples=16, metric=identity)")
+    ('lpf', 'lpf(max_samples=16,<br>metric=identity)')
+    """
+    return "<br>".join(html.escape(line) for line in textwrap.wrap(name, _LABEL, break_on_hyphens=False) or [name])
+
+
+def rows_height(names: Sequence[str], *, least: int = 32) -> int:
+    """Return the pixels that rows with these labels need, all of equal height.
+
+    Args:
+        names: What `wrapped` returned.
+        least: The height of a row of one line.
+    """
+    return len(names) * max([least, *(18 * (name.count("<br>") + 1) for name in names)])
+
+
+def format_tau(value: float | None) -> str:
+    """Return a correlation as papers print it: two digits, no zero before the point.
+
+    >>> format_tau(0.614), format_tau(-0.5), format_tau(1.0), format_tau(None)
+    ('.61', '−.50', '1.00', 'undefined')
+    """
+    if value is None or np.isnan(value):
+        return "undefined"
+    digits = f"{abs(value):.2f}"
+    return ("−" if value < 0 and float(digits) else "") + (digits[1:] if digits.startswith("0") else digits)
 
 
 def ticks(values: pd.Series) -> dict[str, object]:

@@ -41,7 +41,7 @@ def data(
     Returns:
         One row per (quantity, value of the setting, epoch) with `mean` over `n` models. `quantity` is
         `train_error`, `test_error` (fractions), `train_loss`, `test_loss` (nats); those never recorded are
-        missing.
+        missing. A line begins where all of its models have been evaluated.
 
     Raises:
         RequestError: A column is missing or not numeric.
@@ -62,7 +62,9 @@ def data(
     wide = sampled[["value", "epoch"]].assign(**quantities)
     long = wide.melt(["value", "epoch"], list(quantities), "quantity", "amount").dropna(subset=["amount"])
     out = long.groupby(["quantity", "value", "epoch"], dropna=False)["amount"].agg(["mean", "count"]).reset_index()
-    return out.rename(columns={"count": "n"}).assign(axis=axis)[_COLUMNS]
+    # models that stop early are evaluated then, between the epochs of the others: a mean of them alone would be no line
+    whole = out.groupby(["quantity", "value"], dropna=False)["count"].transform(lambda n: n.cummax() == n.max())
+    return out[whole].rename(columns={"count": "n"}).assign(axis=axis).reset_index(drop=True)[_COLUMNS]
 
 
 def _thin(epochs: pd.Series, most: int) -> list[int]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flatmin.orchestrator.inspect import query, status
     from flatmin.orchestrator.launch import LaunchOptions, launch, measure
     from flatmin.orchestrator.plan import plan
+    from flatmin.orchestrator.release import export, import_study
     from flatmin.orchestrator.report import write_report as report
     from flatmin.orchestrator.runner import RunOptions
     from flatmin.orchestrator.schema import study_schema as schema
@@ -33,6 +34,8 @@ __all__ = [
     "RunOptions",
     "correlate",
     "doctor",
+    "export",
+    "import_study",
     "launch",
     "measure",
     "new",
@@ -50,6 +53,8 @@ _PLACES = {
     "RunOptions": ("flatmin.orchestrator.runner", "RunOptions"),
     "correlate": ("flatmin.orchestrator.correlate", "correlate_table"),
     "doctor": ("flatmin.orchestrator.doctor", "doctor"),
+    "export": ("flatmin.orchestrator.release", "export"),
+    "import_study": ("flatmin.orchestrator.release", "import_study"),
     "launch": ("flatmin.orchestrator.launch", "launch"),
     "measure": ("flatmin.orchestrator.launch", "measure"),
     "new": ("flatmin.orchestrator.template", "new_study"),

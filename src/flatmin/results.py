@@ -4,6 +4,7 @@
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
     checkpoints/<trial_id>.state                                a trial under way, to be gone on with
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
+    cache/                                                      what was read before; may be deleted (flatmin.cache)
 
 A file is written under a temporary name and renamed. `models/` is written last: that is the commit, and a
 row elsewhere counts only if its (model_id, trial_id) is in `models/`.
@@ -20,11 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from flatmin import cache
 from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.settings import Argument
 from flatmin.tables import ADDED, SCHEMA_VERSION, TABLES, schema, to_arrow
@@ -159,10 +162,7 @@ class Results:
         parts, bad = self._scan(table)
         for file, error in bad:
             warnings.warn(f"{file} cannot be read and is left out: {error}", CorruptFileWarning, stacklevel=3)
-        if not parts:
-            return schema(table).empty_table()
-        rows = list(parts.values())
-        return pa.concat_tables(_first_curves(rows) if table == "spectra" else rows, promote_options="permissive")
+        return _joined(_first_curves(parts) if table == "spectra" else parts, table)
 
     def table(self, table: str) -> pa.Table:
         """Return the rows of a table that count: those of committed models, each once."""
@@ -171,8 +171,7 @@ class Results:
             return _first_of_each(rows, ["model_id"])
         if table == "failures":
             return rows
-        committed = _joint_key(self.read("models"))
-        rows = rows.filter(pc.is_in(_joint_key(rows), value_set=committed))
+        rows = _committed(rows, self.read("models"))
         return _first_of_each(rows, ["model_id", "epoch", "label"]) if table == "sharpness" else rows
 
     def measured(self) -> set[tuple[str, str]]:
@@ -198,6 +197,25 @@ class Results:
         """Return the points of the curves and surfaces of the trained models."""
         return _frame(self.table("spectra"))
 
+    def wide(self) -> pd.DataFrame:
+        """Return the trained models joined to one column per measure label: the value at the end of training."""
+        return _frame(self.wide_table())
+
+    def wide_table(self) -> pa.Table:
+        """Return what `wide` does, as an Arrow table; before the first model ended, the plan's settings are there."""
+        models = self.table("models")
+        if not len(models):
+            return pa.unify_schemas([models.schema, self.table("plan").schema]).empty_table()
+        rows = self.table("sharpness")
+        labels = sorted(pc.unique(rows["label"]).to_pylist())
+        ended = models["epochs_run"].take(pc.index_in(rows["model_id"], value_set=pc.unique(models["model_id"])))
+        rows = rows.filter(pc.equal(rows["epoch"], ended))
+        for label in labels:
+            of_label = rows.filter(pc.equal(rows["label"], label))
+            place = pc.index_in(models["model_id"], value_set=of_label["model_id"].combine_chunks())
+            models = models.append_column(label, of_label["value"].take(place))
+        return models
+
     def plan(self) -> pd.DataFrame:
         """Return the planned models, one row each."""
         return _frame(self.table("plan"))
@@ -208,7 +226,7 @@ class Results:
 
     def unreadable(self) -> list[tuple[str, Path]]:
         """Return the table and path of every file that cannot be read."""
-        return [(table, file) for table in TABLES for file, _ in self._scan(table)[1]]
+        return [(table, file) for table in TABLES for file, _ in self._scan(table, anew=True)[1]]
 
     def remove(self, file: Path) -> None:
         """Remove a file if it is there."""
@@ -220,28 +238,63 @@ class Results:
             if _is_temporary(file):
                 file.unlink(missing_ok=True)
 
-    def _scan(self, table: str) -> tuple[dict[Path, pa.Table], list[tuple[Path, Exception]]]:
-        good: dict[Path, pa.Table] = {}
+    def _scan(self, table: str, *, anew: bool = False) -> tuple[list[pa.Table], list[tuple[Path, Exception]]]:
+        """Return the rows of a table's readable files, and which are not and why; `anew`: open every file."""
+        place, expected = self.path / "cache" / f"{table}.arrow", schema(table)
+        kept = cache.Kept(expected.empty_table()) if anew else cache.load(place, expected)
+        good: dict[cache.Stamp, tuple[int, int] | pa.Table] = {}
         bad: list[tuple[Path, Exception]] = []
         for file in sorted(file for file in (self.path / table).glob("*.parquet") if file.is_file()):
             try:
-                rows = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read()
-                rows = _with_added(rows, schema(table))
-                wrong = [field.name for field in schema(table) if field not in rows.schema]
-                if wrong:
-                    raise ValueError(
-                        f"not a file of {table}: it lacks the column {wrong[0]}, or has it in another type"
-                    )
-                good[file] = rows
+                known = cache.stamp(file)
+                good[known] = kept.spans[known] if known in kept.spans else _rows_of(file, table, expected)
             except (pa.ArrowException, OSError, ValueError) as error:
                 bad.append((file, error))
-        return good, bad
+        parts = _parts(kept.rows, good.values(), whole=table != "spectra")
+        if not anew and sum(isinstance(found, pa.Table) for found in good.values()) >= cache.WORTH:
+            counts = {known: len(found) if isinstance(found, pa.Table) else found[1] for known, found in good.items()}
+            cache.save(place, counts, _joined(parts, table))
+        return parts, bad
+
+
+def _rows_of(file: Path, table: str, expected: pa.Schema) -> pa.Table:
+    """Return the rows of one file.
+
+    Raises:
+        ValueError: It is not one of this table.
+    """
+    rows = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read(use_threads=False)
+    rows = _with_added(rows, expected)
+    own = rows.schema
+    wrong = [field.name for field in expected if field not in own]
+    if wrong:
+        raise ValueError(f"not a file of {table}: it lacks the column {wrong[0]}, or has it in another type")
+    return rows
+
+
+def _parts(kept: pa.Table, found: Iterable[tuple[int, int] | pa.Table], *, whole: bool) -> list[pa.Table]:
+    """Return the rows of files in order; of files that follow each other in `kept`, in one part if `whole`."""
+    parts: list[tuple[int, int] | pa.Table] = []
+    for part in found:
+        last = parts[-1] if parts else None
+        if whole and isinstance(part, tuple) and isinstance(last, tuple) and sum(last) == part[0]:
+            parts[-1] = (last[0], last[1] + part[1])
+        else:
+            parts.append(part)
+    return [kept.slice(*part) if isinstance(part, tuple) else part for part in parts]
+
+
+def _joined(parts: Sequence[pa.Table], table: str) -> pa.Table:
+    if not parts:
+        return schema(table).empty_table()
+    return parts[0] if len(parts) == 1 else pa.concat_tables(parts, promote_options="permissive")
 
 
 def _with_added(rows: pa.Table, expected: pa.Schema) -> pa.Table:
     """Return a file's rows with the columns that its version did not have yet."""
+    lacking = set(ADDED).difference(rows.column_names)
     for field in expected:
-        if field.name in ADDED and field.name not in rows.column_names:
+        if field.name in lacking:
             rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     return rows
 
@@ -252,7 +305,7 @@ def _frame(rows: pa.Table) -> pd.DataFrame:
 
 
 def _first_of_each(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
-    numbered = rows.select(list(keys)).append_column("row", pa.array(range(len(rows)), pa.int64()))
+    numbered = rows.select(list(keys)).append_column("row", pa.array(np.arange(len(rows))))
     first = numbered.group_by(list(keys), use_threads=False).aggregate([("row", "min")])["row_min"]
     return rows.take(first)
 
@@ -270,8 +323,16 @@ def _first_curves(files: Sequence[pa.Table]) -> list[pa.Table]:
     return kept
 
 
-def _joint_key(rows: pa.Table) -> pa.ChunkedArray:
-    return pc.binary_join_element_wise(rows["model_id"], rows["trial_id"], "/")
+def _committed(rows: pa.Table, models: pa.Table) -> pa.Table:
+    """Return the rows whose model and trial are together in `models`."""
+    codes = []
+    for name in ("model_id", "trial_id"):
+        distinct = pc.unique(models[name])
+        codes.append([pc.index_in(of[name], value_set=distinct).cast(pa.int64()) for of in (models, rows)])
+    (model, own_model), (trial, own_trial) = codes
+    pairs = pc.add(pc.multiply(model, len(models)), trial)
+    counts = pc.is_in(pc.add(pc.multiply(own_model, len(models)), own_trial), value_set=pc.drop_null(pairs))
+    return rows if pc.all(counts).as_py() in (True, None) else rows.filter(counts)
 
 
 def _is_temporary(file: Path) -> bool:

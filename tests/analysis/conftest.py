@@ -126,13 +126,13 @@ def _measure(keys: pd.DataFrame, label: str, value: pd.Series[float], epoch: int
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tables() -> Tables:
     """Eleven widths, two label noises, three seeds; one model diverged."""
     return make_tables()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def study() -> dict[str, object]:
     """A resolved study."""
     return {

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flatmin.analysis import curves, sections
+from flatmin.analysis import curves, sections_curves
 from flatmin.analysis.figures import density, surface
 from flatmin.analysis.report import report
+from flatmin.analysis.section import Left, Section, Variant
 from flatmin.errors import RequestError
 
 
@@ -194,41 +195,46 @@ def test_a_density_of_zero_has_no_place_on_a_log_axis() -> None:
     assert list(figure.layout.yaxis.range) == [-8.0, 0.3]
 
 
-def shown(models: pd.DataFrame, spectra: pd.DataFrame | None) -> tuple[list[sections.Section], list[sections.Left]]:
-    nothing = pd.DataFrame()
-    return sections.figures(models, nothing, nothing, None, target="gen_gap", spectra=spectra)
+def shown(models: pd.DataFrame, spectra: pd.DataFrame) -> tuple[list[Section], list[Left]]:
+    made = list(sections_curves.sections(spectra, models, "gen_gap"))
+    return [one for one in made if isinstance(one, Section)], [one for one in made if isinstance(one, Left)]
+
+
+def only(section: Section) -> Variant:
+    """The one figure of a section."""
+    assert len(section.variants) == 1
+    assert isinstance(section.variants[0], Variant)
+    return section.variants[0]
 
 
 def test_the_report_has_curves_where_there_are_any(tables: Any) -> None:
     first, second = tables.models["model_id"].iloc[[7, 9]]
     spectra = pd.concat([line(first, 1.0), plane(second, 1.0), spectrum(first, 1.0, 2.0)])
     found = shown(tables.models, spectra)[0]
-    assert [section.name for section in found[1:]] == ["surface-1", "surface-2", "hessian-density-1"]
+    assert [section.name for section in found] == ["surface-1", "surface-2", "hessian-density-1"]
     headings = ["Loss surface: loss_surface", "Loss surface: loss_surface(dimensions=2)"]
-    assert [section.heading for section in found[1:]] == [*headings, "Hessian spectral density: hessian_density"]
-    assert found[1].caption.startswith("All models that have it: n = 1.")
-    assert "n = 1;" not in found[3].caption
-    assert "Models converged or finished: n = 1." in found[3].caption
-    for other in (None, spectra.iloc[:0], spectra.assign(kind="fourier")):
-        figures, left = shown(tables.models, other)
-        assert [section.name for section in figures] == ["against-axis"]
-        assert not any("surface" in item.heading or "density" in item.heading for item in left)
+    assert [section.heading for section in found] == [*headings, "Hessian spectral density: hessian_density"]
+    assert only(found[0]).caption.startswith("All models that have it: n = 1.")
+    assert "n = 1;" not in only(found[2]).caption
+    assert "Models converged or finished: n = 1." in only(found[2]).caption
+    for other in (spectra.iloc[:0], spectra.assign(kind="fourier")):
+        assert shown(tables.models, other) == ([], [])
 
 
 def test_the_report_says_how_models_were_chosen(tables: Any) -> None:
     ids = tables.models["model_id"]
     found, _ = shown(tables.models, pd.concat([line(name, 1.0) for name in ids]))
-    assert found[1].caption.startswith(
+    assert only(found[0]).caption.startswith(
         "Of n = 65 models that have it, those with the lowest, the median and the highest gen_gap. The loss"
     )
     kept = tables.models[tables.models["status"] != "diverged"].sort_values(["gen_gap", "model_id"])["model_id"]
-    assert list(found[1].data["model_id"].unique()) == [kept.iloc[0], kept.iloc[32], kept.iloc[64]]
+    assert list(only(found[0]).data["model_id"].unique()) == [kept.iloc[0], kept.iloc[32], kept.iloc[64]]
 
 
 def test_curves_of_models_that_do_not_count_are_left_out(tables: Any) -> None:
     diverged = tables.models.loc[tables.models["status"] == "diverged", "model_id"].iloc[0]
     found, left = shown(tables.models, pd.concat([line(diverged, 1.0), spectrum(diverged, 1.0, 2.0)]))
-    assert [section.name for section in found] == ["against-axis"]
+    assert found == []
     reasons = {item.heading: item.reason for item in left}
     assert reasons["Loss surface: loss_surface"] == "no model that counts has a finite one."
     assert reasons["Hessian spectral density: hessian_density"] == "no model that counts has one."
@@ -238,9 +244,9 @@ def test_of_many_measures_the_rest_is_named(tables: Any) -> None:
     first = tables.models["model_id"].iloc[5]
     labels = [f"loss_surface(reach={reach})" for reach in range(1, 7)]
     found, left = shown(tables.models, pd.concat([line(first, 1.0, label) for label in labels]))
-    assert len(found) == 1 + sections.MOST_LABELS
+    assert len(found) == sections_curves.MOST_LABELS
     told = [item.reason for item in left if "reach" in item.heading]
-    assert told == [f"only the first {sections.MOST_LABELS} measures of this kind are drawn."] * 2
+    assert told == [f"only the first {sections_curves.MOST_LABELS} measures of this kind are drawn."] * 2
 
 
 def test_a_thousand_surfaces_stay_small_and_labels_are_escaped(tmp_path: Path, tables: Any) -> None:

@@ -132,12 +132,16 @@ def test_correlations_are_sorted_and_undefined_comes_last(tables: Any) -> None:
     models = tables.models.assign(flat=1.0)
     result = correlate(models, tables.sharpness, measures=["flat", "n_params", "lpf"], target="test_loss")
     data = correlations.data(result)
-    assert list(data["measure"]) == ["lpf", "n_params", "flat"]
+    assert list(data["measure"])[:3] == ["lpf", "n_params", "flat"]
+    assert set(data["measure"][3:]) == {"random", "train_loss"} == set(data.loc[data["control"], "measure"])
     assert np.isnan(data["tau"].iloc[2])
     assert data["tau_low"].iloc[0] == result.measures["lpf"].tau_low
-    texts = [note["text"] for note in drawn(correlations.draw(data))["layout"]["annotations"]]
-    assert texts[0] == "n = 65<br>22 configurations"
-    assert texts[2].endswith("undefined")
+    figure = drawn(correlations.draw(data))
+    notes = figure["layout"]["annotations"]
+    assert {note["y"] for note in notes if note["text"] == "undefined" and note["xref"] == "x"} == {"flat"}
+    said = [text for trace in figure["data"] for text in trace["text"] if text.startswith("lpf: ")]
+    assert len(said) == 2
+    assert said[0].endswith("n = 65, 22 configurations")
 
 
 def test_training_curves_average_over_the_models_of_a_value(tables: Any) -> None:

@@ -105,7 +105,7 @@ SAMPLE = {
     "lpf-data-noise": "; tau(hessian_frobenius, data_noise); data noise; 0.947; -; 20",
     "lpf-width": """
         ; tau(lpf, test_acc); widths; -0.851; -; 32
-        ; tau(local_entropy_gradient(times_gamma=false), test_acc); widths; 0.141; -; 32
+        ; tau(local_entropy_gradient(batch=1024, times_gamma=false), test_acc); widths; 0.141; -; 32
         width 4; last error; widths; 22; -; 1
     """,
     "sam-adaptive": f"""
@@ -529,7 +529,7 @@ def test_nothing_is_changed() -> None:
 
 
 OUTSIDE = {
-    "lpf-augmentation": "sweep of SmoothOut",
+    "lpf-augmentation": "sweep of SmoothOut|further logs",
     "lpf-optimizers": "0.001|0.0009",
     "lpf-width": "figure of widths",
     "sam-adaptive": "baseline.py|notebooks",
@@ -547,6 +547,28 @@ def test_the_built_in_studies_train_what_is_published(study: str) -> None:
     unmatched = compared[~compared["missing"].isin(["", "this quantity is not in these results"])]
     outside = (unmatched["settings"] + unmatched["source"]).str.contains(OUTSIDE.get(study, "(?!)"))
     assert unmatched[~outside].empty
+
+
+def test_what_ours_were_trained_with_is_told() -> None:
+    """Seeds and what the study's own models differ in are no change; a list is itself whatever holds it."""
+    recipes = pd.DataFrame([{**model.settings} for model in read_study("lpf-optimizers").models])
+    own = recipes[
+        (recipes["optimizer"] == "sgd") & (recipes["network"] == "resnet18") & (recipes["dataset"] == "cifar10")
+    ]
+    own = own.assign(study="lpf-optimizers", status="finished", best_test_acc=0.88, test_acc=0.87)
+    own["model_id"] = [str(number) for number in range(len(own))]
+    own["milestones"] = own["milestones"].map(np.array)
+    changed = own.assign(width=4, schedule="constant", label_noise=0.5)
+
+    def said(models: pd.DataFrame) -> list[str]:
+        compared = compare(models, recipes=recipes)
+        return [text for text in compared.loc[compared["ours"].notna(), "conventions"] if "the study's" in text]
+
+    assert said(own) == []
+    told = said(changed)
+    assert len(told) == 3
+    assert {text.partition("; ")[0] for text in told} == {"label_noise 0.5, the study's 0"}
+    assert all("schedule constant, the study's step" in text and "width 4, the study's 64" in text for text in told)
 
 
 def test_settings_in_words() -> None:
@@ -611,13 +633,16 @@ def test_the_view(tmp_path: Path, table: pd.DataFrame) -> None:
     names = {"dataset": "cifar10", "network": "resnet18", "optimizer": "sgd"}
     arguments = plugins.program_arguments(names)
     for seed, value in enumerate(BEST):
-        row = {"model_id": f"m{seed}", "trial_id": "t", "study": "lpf-optimizers", "status": "finished", **names}
+        row = {"model_id": f"m{seed}", "study": "lpf-optimizers", "status": "finished", **names, "seed": seed}
+        row |= {"epochs": 7, "lr": 0.1, "epochs_run": 7}
         results.write("models", f"t{seed}", [{**row, "trial_id": f"t{seed}", "best_test_acc": value}], arguments)
     (sql,) = re.findall(r"```sql\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     joined = query(results, sql)
     assert set(joined["printed"]) == {"11.49 ± 0.44 % error", "11.490 % error"}
     assert joined["ours"].tolist() == pytest.approx([0.885, 0.885])
-    assert joined["n"].tolist() == [4, 4]
+    assert joined["ours_n"].tolist() == [4, 4]
+    assert joined["standard_errors"].notna().tolist() == [True, False]
+    assert joined["conventions"].str.startswith("epochs 7, the study's 200; ").all()
     wide = query(results, "DESCRIBE wide")["column_name"]
     assert "best_test_acc" in set(wide)
     assert not {"quantity", "printed", "recipe"} & set(wide)

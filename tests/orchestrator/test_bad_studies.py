@@ -74,6 +74,8 @@ BAD = {
         "HEAD}\naxes: {lr: [0.1, 0.2]}\ncases:\n- axes: {lr: [0.1, 0.3]}",
         "F:5: cases.0.axes.lr: 0.3 is not on the axis that all cases have",
     ),
+    "a wrong setting in small": ("HEAD}\nsmall: {settings: {lrr: 1}}", "F:3: small.settings.lrr: "),
+    "a wrong measure in small": ("HEAD}\nsmall:\n  measures: [lpff]", "F:4: small.measures.0: there is no measure"),
     "setting and axis in small": (
         "HEAD}\nsmall: {settings: {lr: 1}, axes: {lr: [1]}}",
         "F:3: small.axes.lr: is both a setting and an axis here; leave one of them out",

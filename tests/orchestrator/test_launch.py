@@ -91,6 +91,17 @@ def test_new_measures_are_computed_from_saved_weights(study: Path, tmp_path: Pat
     assert equal(snapshot(tmp_path / "later"), snapshot(tmp_path / "at once"))
 
 
+def test_measures_under_way_of_trained_models_cannot_be_had(study: Path, tmp_path: Path) -> None:
+    go(study, tmp_path / "r", "width=2", "seeds=1")
+    done, told = go(study, tmp_path / "r", "width=2", "measure_every=1")
+    assert done.trained == 1
+    assert "measure_every: 1 models that are there were measured at their end alone" in told
+    _, told = go(study, tmp_path / "r2", "width=2", "seeds=1", "measure_every=1")
+    assert "measure_every" not in told
+    _, told = go(study, tmp_path / "r2", "width=2", "seeds=1", "measure_every=1")
+    assert "measure_every" not in told
+
+
 def test_measure_adds_to_trained_models(study: Path, tmp_path: Path) -> None:
     go(study, tmp_path / "r", "measures=lambda_max")
     console = Console(file=StringIO())

@@ -1,0 +1,150 @@
+"""The report in a real browser: headless Chromium draws it, follows the controls, and asks nothing of a network.
+
+Screenshots for people to look at are kept under `build/`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatmin.analysis.report import report
+
+pytestmark = pytest.mark.browser
+
+BUILD = Path(__file__).parents[2] / "build"
+
+SCRIPT = """
+(async () => {
+  const found = { errors: [], violations: 0 };
+  window.addEventListener("error", (event) => found.errors.push(event.message));
+  document.addEventListener("securitypolicyviolation", () => { found.violations += 1; });
+  const place = (name) => document.querySelector(`[data-figure="${name}"]`);
+  const choose = (name, value) => {
+    const control = document.querySelector(`[data-control="${name}"]`);
+    control.value = value;
+    control.dispatchEvent(new Event("change"));
+  };
+  const look = () => ({
+    drawn: [...document.querySelectorAll(".plot")].filter((one) => one.querySelector(".main-svg")).length,
+    plots: document.querySelectorAll(".plot").length,
+    points: place("scatter")._fullData.map((trace) => trace.x.length),
+    interval: place("correlations")._fullData.some((trace) => Math.max(...trace.error_x.array) > 0),
+    lines: [...new Set(place("training").data.map((trace) => trace.name))],
+    caption: place("correlations").closest("figure").querySelector(".caption").textContent,
+    said: [...document.querySelectorAll("#conclusions p")].filter((one) => !one.hidden).map((one) => one.textContent),
+    tables: [...document.querySelectorAll("main > section[data-of]")].filter((one) => !one.hidden).length,
+    paper: place("psi").layout.paper_bgcolor,
+  });
+  found.first = look();
+  choose("seeds", "rows"); found.rows = look();
+  choose("filter", "converged"); found.converged = look();
+  choose("measure", "lpf"); found.measure = look();
+  choose("axis", "label_noise"); found.axis = look();
+  found.absent = place("against-axis").closest("figure").querySelector(".caption").textContent;
+  choose("axis", "width");
+  document.getElementById("theme").click(); found.dark = look();
+  document.getElementById("theme").click();
+  for (const [name, value] of [["seeds", "means"], ["filter", "all"], ["measure", ""]]) choose(name, value);
+  found.back = look();
+  let blob = null;
+  URL.createObjectURL = (made) => { blob = made; return "#"; };
+  place("psi").closest("figure").querySelector(".download").click();
+  found.csv = await blob.text();
+  const reachable = [...document.querySelectorAll("select, button, input, summary")];
+  found.unreachable = reachable.filter((one) => one.tabIndex < 0).length;
+  found.fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+})();
+"""
+
+
+def chromium(page: Path, *options: str, width: int = 1160, height: int = 5200) -> str:
+    """Open a page; return what the browser writes, and demand that the page writes nothing to its console."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert program, "there is no Chromium; on Debian, run: sudo apt install chromium"
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},{height}"]
+    command += ["--virtual-time-budget=20000", "--host-resolver-rules=MAP * ~NOTFOUND", *options, page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory, tables: Any, study: dict[str, object]) -> Path:
+    path = tmp_path_factory.mktemp("browser") / "report.html"
+    return report(study=study, models=tables.models, epochs=tables.epochs, sharpness=tables.sharpness, path=path)
+
+
+@pytest.fixture(scope="module")
+def found(page: Path) -> dict[str, Any]:
+    """What a script saw that plays a reader."""
+    played = page.with_name("played.html")
+    played.write_text(page.read_text().replace("</body>", f"<script>{SCRIPT}</script></body>"))
+    dom = chromium(played, "--dump-dom")
+    match = re.search(r'<pre id="found">(.*?)</pre>', dom, flags=re.DOTALL)
+    assert match, "the script did not come to its end"
+    return dict(json.loads(unescape(match[1])))
+
+
+def test_it_loads_without_an_error_and_without_a_network(found: dict[str, Any]) -> None:
+    assert found["errors"] == []
+    assert found["violations"] == 0
+    assert found["fetched"] == []
+    assert found["first"]["drawn"] == found["first"]["plots"] == 8
+
+
+def test_seeds_change_points_and_intervals(found: dict[str, Any]) -> None:
+    assert (found["first"]["points"], found["rows"]["points"]) == ([22, 22], [65, 65])
+    assert (found["first"]["interval"], found["rows"]["interval"]) == (True, False)
+
+
+def test_the_filter_changes_points_and_words(found: dict[str, Any], tables: Any) -> None:
+    converged = int((tables.models["status"] == "converged").sum())
+    assert found["converged"]["points"] == [converged] * 2
+    assert f"Models converged: n = {converged}; " in found["converged"]["caption"]
+    assert f"n = {converged}" in found["converged"]["said"][0]
+    assert "n = 65" in found["rows"]["said"][0]
+
+
+def test_measure_and_axis_change_the_figures(found: dict[str, Any]) -> None:
+    assert len(found["measure"]["points"]) == 1
+    assert found["measure"]["lines"][0] == "width 16"
+    assert found["axis"]["lines"] == ["label_noise 0", "label_noise 0.2"]
+    assert found["absent"] == "No figure for this choice: label_noise has no 5 numeric values or more."
+
+
+def test_one_table_of_correlations_is_shown_and_the_way_back_is_open(found: dict[str, Any]) -> None:
+    assert {state["tables"] for state in found.values() if isinstance(state, dict)} == {1}
+    assert found["back"] == found["first"]
+
+
+def test_there_is_a_dark_page(found: dict[str, Any]) -> None:
+    assert len({found[state]["paper"] for state in ("first", "dark", "back")}) == 2
+
+
+def test_the_data_can_be_had_and_all_is_reached_by_keyboard(found: dict[str, Any]) -> None:
+    lines = found["csv"].splitlines()
+    assert lines[0] == "measure,axis,psi,groups,undefined,alone,tied,control"
+    assert len(lines) == 1 + 2 * (2 + 2)
+    assert found["unreachable"] == 0
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("report", 1160, 6000), ("report-phone", 500, 6600)])
+def test_screenshots_are_kept(page: Path, name: str, width: int, height: int) -> None:
+    BUILD.mkdir(exist_ok=True)
+    shot = BUILD / f"{name}.png"
+    shot.unlink(missing_ok=True)
+    chromium(page, f"--screenshot={shot}", width=width, height=height)
+    assert shot.stat().st_size > 100_000
