@@ -9,10 +9,10 @@ QUICKSTART := results/digits-double-descent
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install quickstart twins test test-slow test-gpu check bench clean
+.PHONY: help install quickstart twins test test-slow test-browser test-gpu check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED) ## make .venv and install the package in it (PYTHON=python3.12 chooses the interpreter)
 
@@ -45,11 +45,14 @@ quickstart: install ## run a small study on bundled data and make its report
 twins: install ## run the small twin of every built-in study end to end, and say how long each took
 	$(BIN)/python -m pytest -q tests/orchestrator/test_twins.py
 
-test: install ## run the tests, as CI does (not slow, no GPU)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu"
+test: install ## run the tests, as CI does (not slow, no GPU, no browser)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not browser"
 
 test-slow: install ## run the full studies and all else over a minute
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-browser: install ## drive a report in headless Chromium (on Debian: sudo apt install chromium)
+	$(BIN)/python -m pytest -m browser
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

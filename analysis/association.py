@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from scipy import stats
 
 from flatmin.analysis import bootstrap, conditional, kendall

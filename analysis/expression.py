@@ -60,8 +60,8 @@ def matches(table: pd.DataFrame, expression: str) -> Bools:
 
 def _wrong(expression: str, reason: str) -> RequestError:
     return RequestError(
-        f"filter '{expression}': {reason}. Write a column, one of < <= > >= == !=, and a number or a quoted word, joined "
-        "by and, or, not: train_loss <= 0.01."
+        f"filter '{expression}': {reason}. Write a column, one of < <= > >= == !=, and a number or a quoted word, "
+        "joined by and, or, not: train_loss <= 0.01."
     )
 
 

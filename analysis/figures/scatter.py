@@ -16,7 +16,7 @@ from flatmin.analysis.figures import theme
 MOST_ERROR_BARS = 1000
 """Points of a panel above which error bars are left away: they would only make the page slow and black."""
 
-MOST_POINTS = 3000
+MOST_POINTS = 2500
 """Points of the whole figure; of more models, some stand for all, the same ones in every panel."""
 
 _FIXED = ["model_id", "measure", "value", "stderr", "target", "target_value"]
