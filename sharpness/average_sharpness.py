@@ -37,7 +37,7 @@ def average_sharpness(
         metric: What scales the noise.
         normalise_logits: Whether logits are normalised before the loss.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
-        max_samples: The most draws per model.
+        max_samples: The most losses of all examples per model.
     """
     chosen = with_normalised_logits(engine) if normalise_logits else engine
     return above_the_centre(chosen, sigma, metric, tolerance=tolerance, max_samples=max_samples)[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flatmin.sharpness.evaluations import Evaluations
-from flatmin.sharpness.guards import activations, check_losses, check_network, second_derivatives
+from flatmin.sharpness.guards import check_losses, check_network, second_derivatives, work
 from flatmin.sharpness.losses import PerExample, cross_entropy
 from flatmin.sharpness.metric import Metric, scale
 from flatmin.sharpness.sampling import cut, cut_at, edges, membership, take
@@ -99,7 +99,8 @@ class Engine(Evaluations):
         self._check()
         batch = self.batches[0]
         x = batch.x if batch.shared else batch.x[0]
-        self._per_example = activations(network.template, x) * self.params.element_size()
+        numbers, self._uses_per_example = work(network.template, x)
+        self._per_example = numbers * self.params.element_size()
         self._begin()
 
     def with_loss(self, loss: PerExample) -> Engine:
@@ -197,9 +198,22 @@ class Engine(Evaluations):
         if self.parts:
             self._members = membership(self.batches, self.parts)
             self.shares = torch.cat(self._members, dim=1).sum(dim=1) / self.n_examples
+        self._begin_strata(room)
         everything = len(self) * self.n_examples * self._per_example * _SAVED_PER_ACTIVATION
         self._keeps_graphs = everything <= self.memory
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _begin_strata(self, room: int) -> None:
+        """Cut the examples where strata begin; so much fits in at once."""
+        if self.strata:
+            pieces, numbers = cut_at(self.batches, edges(self.n_examples, self.strata))
+            self._of_stratum = [[] for _ in range(self.strata)]
+            for piece, number in zip(pieces, numbers, strict=True):
+                self._of_stratum[number].append(piece)
+            sizes = torch.tensor([sum(batch.y.shape[1] for batch in own) for own in self._of_stratum])
+            self.stratum_shares = (sizes.double() / self.n_examples).to(self.device)
+            largest = max(batch.y.shape[1] for batch in pieces)
+            self._rows_of_stratum = max(1, int(room // (largest * self._per_example)))
 
     def _check(self) -> None:
         first = torch.zeros(1, dtype=torch.int64, device=self.device)

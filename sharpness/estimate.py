@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 FEWEST = 16
-"""Samples that every mean takes first."""
+"""Samples that every mean takes first; with strata see `fewest`."""
 
 FEWEST_PAIRS = 32
 """Pairs before a mean of them may stop: a slope fitted to fewer, of long tails, makes their spread look small."""
@@ -54,6 +54,8 @@ class Estimate:
         curves: What the measure found beside its value.
         without: Of a subset, the value without each of its parts (`flatmin.sharpness.jackknife`), `[P, K]`; None
             where a measure does not tell.
+        drawn_by_part: Whether every part had random draws of its own, so that what they add to the error is in the
+            spread of `without` too.
     """
 
     value: Tensor
@@ -63,6 +65,7 @@ class Estimate:
     converged: Tensor
     curves: Sequence[Curve] = ()
     without: Tensor | None = None
+    drawn_by_part: bool = False
 
 
 def exact(value: Tensor, *, passes: float, samples: int = 1, without: Tensor | None = None) -> Estimate:
@@ -92,8 +95,8 @@ def exact_by_part(values: Tensor, *, passes: float, samples: int = 1) -> Estimat
 
 
 Draw = Callable[[int, int, Tensor], Tensor]
-"""`draw(first, count, active)` returns samples `first .. first + count - 1` of the models, float64 `[count,
-K]`; those of models that are not active, bool `[K]`, may be anything."""
+"""`draw(first, count, active)` returns samples `first .. first + count - 1` of the models, float64 `[count, K]`, or of
+every stratum `[count, P, K]`; those of models that are not active, bool `[K]`, may be anything."""
 
 
 Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -125,7 +128,8 @@ class Mean:
         samples: Samples taken, two to a pair.
         converged: Whether the tolerance was met.
         paired: Which models went on with pairs.
-        controls: The control of every sample, `[n, K]`; 0 where there is none.
+        controls: The control of every sample, `[n, P, K]`; 0 where there is none.
+        of_strata: The means of the strata without the offset, `[P, K]`.
     """
 
     value: Tensor
@@ -134,6 +138,7 @@ class Mean:
     converged: Tensor
     paired: Tensor
     controls: Tensor
+    of_strata: Tensor
 
 
 def sample_mean(
@@ -145,13 +150,14 @@ def sample_mean(
     offset: Tensor | None = None,
     antithetic: Antithetic | None = None,
     function: Function | None = None,
+    shares: Tensor | None = None,
 ) -> Mean:
     """Average samples until each model's relative standard error is below the tolerance.
 
     A model stops at its own time, after 16 samples at the earliest, so that its result does not depend on its
     neighbours. One with a sample that is not finite stops at once and is undefined. After 16 samples a model
     whose plain mean would need more further ones than the price of pairs goes on with pairs, those 16 included, and
-    takes 32 of them at the earliest.
+    takes 32 of them at the earliest. Where a sample is one of each stratum, as few will do as tell as much: `fewest`.
 
     Args:
         draw: Where the samples come from.
@@ -161,71 +167,99 @@ def sample_mean(
         offset: A known part of the value, float64 `[K]`: the value is offset + mean.
         antithetic: How to reduce the variance.
         function: What the value is of offset + mean; that itself by default. The tolerance is that of the value.
+        shares: The weights of the strata in the mean, `[P]`; one stratum by default.
     """
     known = torch.zeros(models, dtype=torch.float64) if offset is None else offset.cpu()
-    ys = torch.full((max_samples, models), math.nan, dtype=torch.float64)
-    xs = torch.zeros_like(ys)
+    weights = torch.ones(1, dtype=torch.float64) if shares is None else shares.cpu()
+    least, least_pairs = fewest(FEWEST, len(weights)), fewest(FEWEST_PAIRS, len(weights))
+    ys = torch.zeros(0, len(weights), models, dtype=torch.float64)
+    xs, of_strata = ys, torch.full_like(ys.sum(dim=0), math.nan)
     value, stderr = torch.full_like(known, math.nan), torch.full_like(known, math.nan)
     samples = torch.zeros(models, dtype=torch.int64)
     converged, paired = (torch.zeros(models, dtype=torch.bool) for _ in range(2))
     active, done = known.isfinite(), 0
     while bool(active.any()):
-        new = slice(done, min(done + (_ROUND if done >= FEWEST else FEWEST), max_samples))
-        ys[new] = draw(new.start, new.stop - new.start, active).cpu()
+        new = slice(done, min(done + (-(-_ROUND // len(weights)) if done >= least else least), max_samples))
+        drawn = draw(new.start, new.stop - new.start, active).cpu().reshape(-1, len(weights), models)
+        ys, xs, done = torch.cat([ys, drawn]), torch.cat([xs, torch.zeros_like(drawn)]), new.stop
         _pair(ys, xs, new, antithetic, paired & active)
-        done = new.stop
-        mean, error = _summary(ys[:done], xs[:done], known, function)
-        if antithetic is not None and done == FEWEST:
+        parts, mean, error = _summary(ys, xs, weights, known, function)
+        if antithetic is not None and done == least:
             needed = done * (error / (tolerance * mean)).square()
             paired = active & (needed.clamp(max=max_samples) - done > antithetic.price)
             _pair(ys, xs, slice(0, done), antithetic, paired)
-            mean, error = _summary(ys[:done], xs[:done], known, function)
+            parts, mean, error = _summary(ys, xs, weights, known, function)
         value, stderr = torch.where(active, mean, value), torch.where(active, error, stderr)
+        of_strata = torch.where(active, parts, of_strata)
         samples = torch.where(active, torch.where(paired, 2 * done, done), samples)
-        enough = done >= torch.where(paired, FEWEST_PAIRS, FEWEST)
+        enough = done >= torch.where(paired, least_pairs, least)
         converged |= active & (stderr <= tolerance * value.abs()) & enough
         most = torch.where(paired, max_samples // 2, max_samples)
         active = active & ~converged & value.isfinite() & (done < most)
     undefined = ~value.isfinite()
-    return Mean(
-        value.masked_fill(undefined, math.nan),
-        stderr.masked_fill(undefined, math.nan),
-        samples,
-        converged,
-        paired,
-        xs[:done],
-    )
+    value, stderr = value.masked_fill(undefined, math.nan), stderr.masked_fill(undefined, math.nan)
+    return Mean(value, stderr, samples, converged, paired, xs, of_strata)
 
 
-def _summary(ys: Tensor, xs: Tensor, known: Tensor, function: Function | None) -> tuple[Tensor, Tensor]:
-    """Return the value and its standard error, `[K]`, after some samples."""
-    mean, stderr = controlled_mean(ys, xs)
-    return (known + mean, stderr) if function is None else function(known + mean, stderr)
+def fewest(draws: int, strata: int) -> int:
+    """Return how many draws of each stratum tell as much of their spread as so many of one: P (n - 1) >= draws - 1.
+
+    >>> fewest(16, 1), fewest(16, 16), fewest(32, 16)
+    (16, 2, 3)
+    """
+    return 1 - (1 - draws) // strata
+
+
+def _summary(
+    ys: Tensor, xs: Tensor, shares: Tensor, known: Tensor, function: Function | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the strata's means `[P, K]`, the value and its standard error, `[K]`, after some samples."""
+    of_strata, stderr = stratified_mean(ys, xs, shares)
+    mean = known + (shares[:, None] * of_strata).sum(dim=0)
+    return (of_strata, mean, stderr) if function is None else (of_strata, *function(mean, stderr))
 
 
 def _pair(ys: Tensor, xs: Tensor, rows: slice, antithetic: Antithetic | None, paired: Tensor) -> None:
     """Make samples of some models, bool `[K]`, the means of pairs, and note their controls."""
     if antithetic is not None and bool(paired.any()):
         first, count = rows.start, rows.stop - rows.start
-        partners = antithetic.partner(first, count, paired).cpu()
+        partners = antithetic.partner(first, count, paired).cpu().reshape(ys[rows].shape)
+        controls = antithetic.control(first, count, paired).cpu().reshape(ys[rows].shape)
         ys[rows] = torch.where(paired, (ys[rows] + partners) / 2, ys[rows])
-        xs[rows] = torch.where(paired, antithetic.control(first, count, paired).cpu(), xs[rows])
+        xs[rows] = torch.where(paired, controls, xs[rows])
 
 
 def controlled_mean(ys: Tensor, xs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of y and its standard error, `[K]`, given samples `[n, K]` and controls of mean zero.
+    """Return the mean of y and its standard error, `[..., K]`, given samples `[n, ..., K]` and controls of mean zero.
 
     Each sample is corrected by a slope that is fitted to the others, so that the mean stays unbiased, at the price of a
     degree of freedom; without controls the slope is zero.
     """
-    n = len(ys)
+    mean, stderr = stratified_mean(ys[:, None], xs[:, None], torch.ones(1).to(ys))
+    return mean[0], stderr
+
+
+def stratified_mean(ys: Tensor, xs: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means of y in strata, `[P, ..., K]`, and the standard error of sum f_p mean_p, `[..., K]`.
+
+    With n independent samples of each stratum its variance is sum f_p^2 s_p^2 / n, of P (n - 1) degrees of freedom. The
+    slope of the controls is one for all strata, fitted to deviations from their means; see `controlled_mean`.
+
+    Args:
+        ys: `[n, P, ..., K]`.
+        xs: Controls of mean zero in the same shape, or one that broadcasts to it.
+        shares: f, `[P]`.
+    """
+    n, strata = ys.shape[:2]
     if n < 2:
-        return ys.mean(dim=0), torch.full_like(ys[0], math.nan)
-    dx, dy = xs - xs.mean(dim=0), ys - ys.mean(dim=0)
+        return ys.mean(dim=0), torch.full_like(ys[0, 0], math.nan)
+    f = shares.reshape(-1, *[1] * (ys.dim() - 2))
+    dx, dy = f * (xs - xs.mean(dim=0)), f * (ys - ys.mean(dim=0))
     left_out = n / (n - 1)
-    xx = dx.square().sum(dim=0) - left_out * dx.square()
-    xy = (dx * dy).sum(dim=0) - left_out * dx * dy
+    xx = dx.square().sum(dim=(0, 1)) - left_out * dx.square()
+    xy = (dx * dy).sum(dim=(0, 1)) - left_out * dx * dy
     corrected = ys - xs * torch.where(xx > 0, xy / xx, 0.0)
     mean = corrected.mean(dim=0)
-    free = torch.where((xs != 0).any(dim=0), max(1, n - 2), n - 1)
-    return mean, ((corrected - mean).square().sum(dim=0) / free / n).sqrt()
+    free = strata * (n - 1)
+    lost = torch.where((xs != 0).flatten(0, 1).any(dim=0), free / max(1, free - 1), 1.0)
+    return mean, ((f * (corrected - mean)).square().sum(dim=(0, 1)) / (n * (n - 1)) * lost).sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,12 @@ class Evaluations(Models):
     loss: PerExample
     shares: Tensor
     """The share of the examples that lies in each part of a subset, float64 `[P]`."""
+    stratum_shares: Tensor
+    """The share of the examples that lies in each stratum, float64 `[P]`."""
     _rows: int
     _members: list[Tensor]
+    _of_stratum: list[list[Batch]]
+    _rows_of_stratum: int
 
     @torch.no_grad()
     def losses(self, params: Tensor | None = None, active: Tensor | None = None) -> Tensor:
@@ -61,6 +65,27 @@ class Evaluations(Models):
                 points = (self.params[index] + moves.double()).to(self.params.dtype)
                 losses = self._mean_loss(points.flatten(0, 1), index.repeat(len(moves)))
                 result[first : first + at_once, index] = losses.reshape(len(moves), len(index))
+        return result
+
+    @torch.no_grad()
+    def losses_of_strata(self, displacements: Tensor, strata: Sequence[int], active: Tensor | None = None) -> Tensor:
+        """Return mean losses at displaced weights, each over one stratum of the examples alone, float64 `[S, K]`.
+
+        A loss of every stratum costs what one of all examples does.
+
+        Args:
+            displacements: `[S, K, d]`.
+            strata: The number of each one's stratum.
+            active: bool `[K]`, the models to evaluate; the rest get NaN.
+        """
+        result = self._undefined(len(displacements), len(self))
+        for index in torch.split(self._chosen(active), self._rows_of_stratum):
+            for s, stratum in enumerate(strata):
+                points = (self.params[index] + displacements[s, index].double()).to(self.params.dtype)
+                total = torch.zeros(len(index), dtype=torch.float64, device=self.device)
+                for batch in self._of_stratum[stratum]:
+                    total += self._sum_of_losses(points, index, batch)
+                result[s, index] = total / sum(batch.y.shape[1] for batch in self._of_stratum[stratum])
         return result
 
     @torch.no_grad()

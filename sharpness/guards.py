@@ -154,18 +154,23 @@ def second_derivatives() -> Iterator[None]:
         raise RequestError(f"the network has no second derivative: {error}{hint}") from error
 
 
-def activations(template: nn.Module, x: Tensor) -> int:
-    """Return how many numbers the modules of a network put out for one example.
+def work(template: nn.Module, x: Tensor) -> tuple[int, int]:
+    """Return how many numbers the modules of a network put out for one example, and how often they use a weight.
+
+    A weight of a convolution is used at every place of its output. What is no module's `weight` is not counted.
 
     Args:
         template: The network; a copy of it is evaluated.
         x: Examples `[n, *shape]`, of which the first is taken.
     """
-    module, count = copy.deepcopy(template).eval(), 0
+    module, count, uses = copy.deepcopy(template).eval(), 0, 0
 
-    def add(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        nonlocal count
-        count += output.numel() if isinstance(output, Tensor) else 0
+    def add(part: nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal count, uses
+        if isinstance(output, Tensor):
+            count += output.numel()
+            weight = getattr(part, "weight", None)
+            uses += output.numel() * weight[0].numel() if isinstance(weight, Tensor) and weight.dim() else 0
 
     for part in module.modules():
         if not list(part.children()):
@@ -174,7 +179,7 @@ def activations(template: nn.Module, x: Tensor) -> int:
     one = x[:1].to(weight.device, weight.dtype) if x.is_floating_point() else x[:1].to(weight.device)
     with torch.no_grad(), generators_kept(weight.device):
         module(one)
-    return max(1, count)
+    return max(1, count), uses
 
 
 def generators_kept(device: torch.device) -> AbstractContextManager[Any]:

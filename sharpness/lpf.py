@@ -30,6 +30,6 @@ def lpf(
         sigma: Standard deviation of u.
         metric: What scales the noise.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
-        max_samples: The most draws per model.
+        max_samples: The most losses of all examples per model.
     """
     return smoothed_mean(engine, sigma, metric, tolerance=tolerance, max_samples=max_samples)

@@ -37,7 +37,7 @@ def lpf_relative(
         metric: What scales the noise.
         absolute: Whether every draw's change counts by its magnitude, as in `low_pass2` of the published code.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
-        max_samples: The most draws per model.
+        max_samples: The most losses of all examples per model.
     """
     rise, centre = above_the_centre(
         engine, sigma, metric, tolerance=tolerance, max_samples=max_samples, absolute=absolute

@@ -16,13 +16,19 @@ from flatmin.stack import Batch, StackedNetwork, Streams, normal, permutation, r
 
 _VECTORS_PER_GROUP = 128
 
-_FEWEST_PARTS, _MOST_PARTS, _EXAMPLES_PER_PART = 16, 32, 8
-"""Parts of a subset: with fewer their spread is not known. Each has a graph of its own, which costs a Hessian-vector
-product on a CPU about as much as 4 images of a narrow ResNet-18 do, so that parts should not be small."""
+_FEWEST_PARTS, _MOST_PARTS, _EXAMPLES_PER_PART = 16, 32, 16
+"""With fewer parts their spread is not known. Each has a graph of its own, which costs a Hessian-vector product on a
+CPU about as much as 4 images of a narrow ResNet-18 do, so that parts should not be small."""
+
+_USES_PER_DRAW = 128
+"""On a CPU a normal number costs about as much as so many multiplications: a narrow ResNet-18 uses a weight 50 times an
+image, an MLP once an example, of which draws for parts of 44 took 3 times as long as draws for all (n = 1)."""
 
 
 class Models:
     """K models, their examples and their random streams; see `flatmin.sharpness.Engine` for arguments and errors."""
+
+    _uses_per_example: int
 
     def __init__(
         self,
@@ -81,10 +87,23 @@ class Models:
 
         There are none of a whole set, of a group, and where a Hessian-vector product by part does not fit in memory.
         """
-        room = self.memory // (self.params.element_size() * self.params.numel())
-        if not self.is_subset or self._is_group or room < _FEWEST_PARTS:
+        count = max(_FEWEST_PARTS, min(_MOST_PARTS, self.n_examples // _EXAMPLES_PER_PART))
+        fit = count * self.params.element_size() * self.params.numel() <= self.memory
+        return count if self.is_subset and not self._is_group and fit else 0
+
+    @property
+    def strata(self) -> int:
+        """Into how many parts the examples are cut that have random draws of their own; 0 where that does not pay.
+
+        It does of 256 examples or more, if the network uses a weight so often in a part that a draw for each costs less
+        than the part's losses do. Values rest on it, so it is a function of the network and of the number of examples
+        alone. A subset's `parts` are these.
+        """
+        count = min(_MOST_PARTS, self.n_examples // _EXAMPLES_PER_PART)
+        if count < _FEWEST_PARTS:
             return 0
-        return max(_FEWEST_PARTS, min(_MOST_PARTS, self.n_examples // _EXAMPLES_PER_PART, room))
+        uses = self._uses_per_example * (self.n_examples // count)
+        return count if uses >= _USES_PER_DRAW * self.n_params else 0
 
     def select(self, index: Tensor) -> Self:
         """Return an engine of some of the models, int64 `[n]`; each keeps its random stream."""

@@ -27,6 +27,9 @@ what it makes of the value is within the tolerance, so the root is never sought 
 Where that would take long, the rises are compared with u^T D H D u / 2 within a Krylov space, whose mean is known: a
 control variate, which on ReLU networks trained on noisy labels (n = 2 of 1482 weights) takes away 97 % of their
 variance.
+
+With strata (`flatmin.sharpness.smoothed`) each has pairs of its own, and the R are sums over strata; fewer pairs will
+then do.
 """
 
 from __future__ import annotations
@@ -41,10 +44,16 @@ from torch import Tensor
 from flatmin.settings import Setting
 from flatmin.sharpness.arguments import Epsilon, MetricChoice, Tolerance
 from flatmin.sharpness.engine import LOSS_PASSES, PRODUCT_PASSES, Engine
-from flatmin.sharpness.estimate import FEWEST, Estimate, controlled_mean
+from flatmin.sharpness.estimate import FEWEST, Estimate, controlled_mean, fewest, stratified_mean
 from flatmin.sharpness.lanczos import krylov, krylov_capacity
 from flatmin.sharpness.metric import Metric
-from flatmin.sharpness.smoothed import losses_at_centre
+from flatmin.sharpness.smoothed import (
+    curved_of_strata,
+    displaced_by_stratum,
+    losses_at_centre,
+    losses_of_strata_at_centre,
+    of_replicates,
+)
 
 _FIRST_SIGMA = 0.01
 _ROUGH_PAIRS = 4
@@ -61,9 +70,10 @@ _MOST_MOVES = 6
 _LONGEST_STEP = math.log(64)
 _SIGMAS = (1e-12, 1e6)
 _ROUND = 8
-_LENGTH = 16
-_WORTHWHILE = 16
-"""Further pairs from which on a model takes the control variate: four losses each, as a product costs."""
+_LENGTH, _LENGTH_OF_STRATA = 16, 8
+_WORTHWHILE, _WORTHWHILE_OF_STRATA = 16, 8
+"""Further pairs from which on a model takes the control variate, whose products `lambda_max` and `hessian_trace` need
+too: their losses are half of what it costs."""
 
 
 def pac_bayes(
@@ -79,13 +89,14 @@ def pac_bayes(
     metric: MetricChoice = "filter",
     tolerance: Tolerance = 0.02,
     max_draws: Annotated[
-        int, Setting(about="Most draws of the noise, each taken at every sigma that is tried.", ge=2)
+        int, Setting(about="Most losses under noise of all examples, taken at every sigma that is tried.", ge=2)
     ] = 256,
 ) -> Estimate:
     """Complexity term of a PAC-Bayes bound whose posterior raises the training loss by epsilon.
 
-    `samples` are draws, two to a pair. A mean loss that is not finite counts as too far. Where the rise never reaches
-    epsilon for a sigma between 1e-12 and 1e6 the value is undefined. `data=test` changes the loss and with it n.
+    `samples` are draws, two to a pair, of every stratum its own. A mean loss that is not finite counts as too far.
+    Where the rise never reaches epsilon for a sigma between 1e-12 and 1e6 the value is undefined. `data=test` changes
+    the loss and with it n.
 
     Args:
         engine: The models.
@@ -94,7 +105,7 @@ def pac_bayes(
         delta: The bound's confidence.
         metric: What scales the noise and the distance.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
-        max_draws: The most draws per model, of which pairs are made.
+        max_draws: The most losses of all examples per model and sigma, two to a pair.
 
     Raises:
         FlatminError: The initial weights are the prior and are not known.
@@ -102,13 +113,16 @@ def pac_bayes(
     square = _distance_squared(engine, metric, prior)
     constant = math.log(2 * engine.population / delta)
     search, most, models = _Search(_Rises(engine, metric), epsilon), max(1, max_draws // 2), len(engine)
-    middle = search.crossing(_ROUGH_PAIRS, square.isfinite())
+    strata = max(1, engine.strata)
+    least, more = fewest(FEWEST, strata), -(-_ROUND // strata)
+    worthwhile = _WORTHWHILE_OF_STRATA if engine.strata else _WORTHWHILE
+    middle = search.crossing(-(-_ROUGH_PAIRS // strata), square.isfinite())
     value, stderr = (torch.full((models,), torch.nan, dtype=torch.float64) for _ in range(2))
     pairs, converged = torch.zeros(models, dtype=torch.int64), torch.zeros(models, dtype=torch.bool)
     without = torch.full((engine.parts, models), torch.nan, dtype=torch.float64)
     active, count = middle.isfinite(), 0
     while count < most and bool(active.any()):
-        count = min(most, count + (_ROUND if count >= FEWEST else FEWEST))
+        count = min(most, count + (more if count >= least else least))
         root = search.root(middle, count, active)
         middle = root.middle
         norm = square / (4 * torch.exp(2 * root.log_sigma[0]))
@@ -116,19 +130,19 @@ def pac_bayes(
         value = torch.where(active, norm + constant, value)
         stderr = torch.where(active, 2 * norm * root.stderr[0], stderr)
         pairs = torch.where(active, count, pairs)
-        converged |= active & (count >= FEWEST) & (stderr <= tolerance * value.abs())
+        converged |= active & (count >= least) & (stderr <= tolerance * value.abs())
         active = active & ~converged & value.isfinite()
-        if count == FEWEST:
-            needed = count * (stderr / (tolerance * value)).square()
-            search.controlled = active & (needed.clamp(max=most) - count > _WORTHWHILE)
+        needed = count * (stderr / (tolerance * value)).square()
+        search.controlled |= active & (needed.clamp(max=most) - count > worthwhile)
     undefined = ~value.isfinite()
     return Estimate(
         value.masked_fill(undefined, torch.nan),
         stderr.masked_fill(undefined, torch.nan),
-        2 * pairs,
+        2 * strata * pairs,
         search.passes(),
         converged,
         without=without if engine.parts else None,
+        drawn_by_part=engine.strata > 0,
     )
 
 
@@ -140,20 +154,23 @@ def _distance_squared(engine: Engine, metric: Metric, prior: str) -> Tensor:
 
 
 class _Rises:
-    """How much the loss of every model rises under antithetic pairs of displacements."""
+    """How much the loss of every model rises under antithetic pairs of displacements.
+
+    They are `[n, R, K]`: of each of R strata that have pairs of their own, or where there are none of all examples and,
+    of a subset, of all but each part.
+    """
 
     def __init__(self, engine: Engine, metric: Metric) -> None:
         self.engine, self.metric, self.d = engine, metric, engine.scale(metric)
-        self.length = min(_LENGTH, krylov_capacity(engine))
+        self.length = min(_LENGTH_OF_STRATA if engine.strata else _LENGTH, krylov_capacity(engine))
         self.base = losses_at_centre(engine).cpu()
         """The losses at w, `[1 + P, K]`."""
+        self._start = losses_of_strata_at_centre(engine).cpu() if engine.strata else self.base
         self.evaluations = torch.zeros(len(engine), dtype=torch.int64)
         """Losses taken of each model, `[K]`."""
 
     def at(self, log_sigma: Tensor, first: int, count: int, active: Tensor) -> Tensor:
-        """Return the rises of pairs, float64 `[count, 1 + P, K]`, NaN for models that are not active, bool `[K]`.
-
-        They are of all examples and, of a subset, of all but each part.
+        """Return the rises of pairs, float64 `[count, R, K]`, NaN for models that are not active, bool `[K]`.
 
         Args:
             log_sigma: `[K]`.
@@ -161,18 +178,26 @@ class _Rises:
             count: How many.
             active: The models.
         """
-        device = self.engine.device
-        sigma = torch.where(active, torch.exp(log_sigma), 0.0).to(device)[:, None]
-        parts = []
-        for start, size in self.engine.portions(first, count):
-            u = sigma * self.d * self.engine.vectors("normal", "perturbation", start, size)
-            both = [self.engine.replicates_at(way * u, active.to(device)) for way in (1, -1)]
-            parts.append((both[0] + both[1]).cpu() / 2 - self.base)
+        sigma = torch.where(active, torch.exp(log_sigma), 0.0).to(self.engine.device)[:, None]
+        both = self._both(sigma * self.d, first, count, active.to(self.engine.device))
         self.evaluations += 2 * count * active
-        return torch.cat(parts)
+        return (both[0] + both[1]).cpu() / 2 - self._start
+
+    def _both(self, spread: Tensor, first: int, count: int, active: Tensor) -> Tensor:
+        """Return the losses to both sides, `[2, count, R, K]`."""
+        if self.engine.strata:
+            return displaced_by_stratum(self.engine, spread, first, count, active, (1.0, -1.0))
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for start, size in self.engine.portions(first, count):
+            u = spread * self.engine.vectors("normal", "perturbation", start, size)
+            for side, way in zip(sides, (1, -1), strict=True):
+                side.append(self.engine.replicates_at(way * u, active))
+        return torch.stack([torch.cat(side) for side in sides])
 
     def curved(self, first: int, count: int, active: Tensor) -> Tensor:
-        """Return u^T A u of pairs within the Krylov space of A = D H D, less its mean, `[count, K]`, as `at` does."""
+        """Return u^T A u of pairs within the Krylov space of A = D H D, less its mean, `[count, R or 1, K]`."""
+        if self.engine.strata:
+            return curved_of_strata(self.engine, self.metric, self.length)(first, count, active).cpu()
         spaces = krylov(self.engine, self.metric)
         spaces.grow(self.length, active.to(self.engine.device))
         mean = spaces.trace(self.length)
@@ -180,7 +205,20 @@ class _Rises:
             spaces.quadratic(self.engine.vectors("normal", "perturbation", start, size), self.length) - mean
             for start, size in self.engine.portions(first, count)
         ]
-        return torch.cat(parts).cpu()
+        return torch.cat(parts).cpu()[:, None]
+
+    def mean(self, samples: Tensor, controls: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean of samples `[n, R, K]` of all examples and, of a subset, of all but each part, and its error.
+
+        Args:
+            samples: Of pairs.
+            controls: Their controls, `[n, R or 1, K]`.
+        """
+        if not self.engine.strata:
+            return controlled_mean(samples, controls)
+        of_strata, error = stratified_mean(samples, controls, self.engine.stratum_shares.cpu())
+        mean = of_replicates(self.engine, of_strata)
+        return mean, error.expand(mean.shape)
 
 
 @dataclass(frozen=True)
@@ -189,7 +227,7 @@ class _Root:
 
     Attributes:
         log_sigma: Of all examples and, of a subset, of all but each part, `[1 + P, K]`; NaN where it was not found.
-        stderr: Its standard error, `[1 + P, K]`.
+        stderr: Its standard error, `[1 + P, K]`; that of all examples in all rows where there are strata.
         middle: The log sigma about which the pairs were taken, `[K]`.
     """
 
@@ -204,11 +242,11 @@ class _Search:
     def __init__(self, rises: _Rises, epsilon: float) -> None:
         self.rises, self.epsilon = rises, epsilon
         replicates, models = rises.base.shape
-        self._pairs = torch.zeros(0, replicates, models, dtype=torch.float64)
-        self._stepped = torch.zeros(0, replicates, models, dtype=torch.float64)
+        rows = rises.engine.strata or replicates
+        self._pairs = torch.zeros(0, rows, models, dtype=torch.float64)
+        self._stepped, self._controls = self._pairs, self._pairs[:, : rises.engine.strata or 1]
         self._way = torch.ones(models, dtype=torch.float64)
         self._around = torch.full((models,), torch.nan, dtype=torch.float64)
-        self._controls = torch.zeros(0, models, dtype=torch.float64)
         self.controlled = torch.zeros(models, dtype=torch.bool)
         """Models whose rises are compared with their control variates."""
 
@@ -227,7 +265,7 @@ class _Search:
         for _ in range(_MOST_TRIALS):
             if not bool(active.any()):
                 break
-            rise = self.rises.at(x, 0, pairs, active)[:, 0].mean(dim=0)
+            rise = self._plain_mean(self.rises.at(x, 0, pairs, active))
             rise = torch.where(rise.isfinite(), rise, math.inf)
             ratio = torch.log(rise.clamp(min=0) / self.epsilon)
             above = active & (ratio >= 0)
@@ -272,10 +310,10 @@ class _Search:
         taken, stepped = len(self._pairs), len(self._stepped)
         self._pairs = self._with(self._pairs, middle, 0, count, moved)
         if bool(moved.any()):
-            below = self._pairs[:, 0].mean(dim=0) < self.epsilon
+            below = self._plain_mean(self._pairs) < self.epsilon
             self._way = torch.where(moved, torch.where(below, 1.0, -1.0), self._way)
         self._pairs = self._with(self._pairs, middle, taken, count, staying)
-        away, few = middle + self._way * _STEP, _stepped_of(count)
+        away, few = middle + self._way * _STEP, self._stepped_of(count)
         self._stepped = self._with(self._stepped, away, 0, few, moved)
         self._stepped = self._with(self._stepped, away, stepped, few, staying)
         self._around = torch.where(active, middle, self._around)
@@ -290,32 +328,38 @@ class _Search:
             pairs[first:count] = torch.where(rows, new, pairs[first:count])
         return pairs
 
+    def _plain_mean(self, pairs: Tensor) -> Tensor:
+        """Return the mean rise of all examples, `[K]`, without controls."""
+        return self.rises.mean(pairs, torch.zeros_like(pairs[:, :1]))[0][0]
+
+    def _stepped_of(self, count: int) -> int:
+        """Return how many of the first `count` pairs are taken a step away too."""
+        least = fewest(_FEWEST_STEPPED, max(1, self.rises.engine.strata))
+        return min(count, max(least, count // _STEPPED_SHARE))
+
     def _controls_of(self, count: int) -> Tensor:
-        """Return the control of each pair, `[count, 1, K]`, 0 for models that are not controlled."""
+        """Return the control of each pair, `[count, R or 1, K]`, 0 for models that are not controlled."""
         if bool(self.controlled.any()) and len(self._controls) < count:
             first = len(self._controls)
             more = self.rises.curved(first, count - first, self.controlled)
             self._controls = torch.cat([self._controls, torch.where(self.controlled, more, 0.0)])
-        return self._controls[:, None] if bool(self.controlled.any()) else torch.zeros_like(self._pairs[:count, :1])
+        return self._controls if bool(self.controlled.any()) else torch.zeros_like(self._pairs[:count, :1])
 
     def _on_line(self, middle: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the root by the first `count` pairs, `[1 + P, K]`, and its standard error."""
-        pairs, controls, few = self._pairs[:count], self._controls_of(count), _stepped_of(count)
-        rise, error = controlled_mean(pairs, controls)
+        pairs, controls, few = self._pairs[:count], self._controls_of(count), self._stepped_of(count)
+        rise, error = self.rises.mean(pairs, controls)
         near, far = (side[:few] for side in (pairs, self._stepped))
-        near_rise, far_rise = (controlled_mean(side, controls[:few])[0] for side in (near, far))
+        near_rise, far_rise = (self.rises.mean(side, controls[:few])[0] for side in (near, far))
         step = self._way * _STEP
         power = torch.log(far_rise / near_rise) / step
-        power_error = controlled_mean(far / far_rise - near / near_rise, controls[:few])[1] / _STEP
+        # Strata are weighed against the rise of all, replicates each against its own.
+        one = slice(1 if self.rises.engine.strata else None)
+        power_error = self.rises.mean(far / far_rise[one] - near / near_rise[one], controls[:few])[1] / _STEP
         offset = torch.log(self.epsilon / rise) / power
         stderr = ((error / rise).square() + (offset * power_error).square()).sqrt() / power
         sound = (rise > 0) & (near_rise > 0) & (far_rise > 0) & (power > 0)
         return torch.where(sound, middle + offset, torch.nan), torch.where(sound, stderr, torch.nan)
-
-
-def _stepped_of(count: int) -> int:
-    """Return how many of the first `count` pairs are taken a step away too."""
-    return min(count, max(_FEWEST_STEPPED, count // _STEPPED_SHARE))
 
 
 def _proposal(x: Tensor, ratio: Tensor, low: Tensor, high: Tensor, low_rise: Tensor, high_rise: Tensor) -> Tensor:

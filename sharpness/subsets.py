@@ -10,7 +10,8 @@ subset. With V the variance of the groups' values,
 The first term is exact for a mean over examples, and for any measure that is close to one in the neighbourhood of a
 group's size; b is the bias of a value that changes like 1 / m. Source: the method of random groups with a
 finite-population correction (Wolter, Introduction to Variance Estimation, 2007, chapter 2), and the jackknife's bias
-(Quenouille 1956). The sampling error is added to the measure's own in quadrature.
+(Quenouille 1956). The sampling error is added to the measure's own in quadrature. Where every part had draws of its
+own, the jackknife's variance J holds what they add, D, as well: J (1 - m / n) + D m / n counts each once.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ def with_sampling_error(sample: Engine, label: MeasureLabel, estimate: Estimate,
         take: Takes it again, of groups.
     """
     share, passes = sample.n_examples / sample.population, torch.zeros_like(estimate.passes)
+    own = estimate.stderr.square()
     if estimate.without is None:
         variance, passes = _of_groups(sample, label, estimate.value, take)
     else:
         shares = sample.shares.to(estimate.value.device)
         variance = sampling_variance(estimate.value, estimate.without.cpu(), shares, 1 - share)
-    error = (estimate.stderr.square() + variance).sqrt()
+        own = own * share if estimate.drawn_by_part else own
+    error = (own + variance).sqrt()
     # A measure without a tolerance only needs a finite error.
     tolerance = float(label.arguments.get("tolerance", math.inf))
     return replace(

@@ -118,8 +118,8 @@ def test_a_value_without_a_part_is_that_of_the_other_examples(name: str, argumen
     bounds = [*edges(150, sample.parts), 150]
     found = take(sample, name, **arguments)
     assert found.without is not None
-    assert found.without.shape == (18, 2)
-    for p in (0, 7, 17):
+    assert found.without.shape == (16, 2)
+    for p in (0, 7, 15):
         expected = take(less(sample, bounds[p], bounds[p + 1]), name, **arguments)
         assert found.without[p].tolist() == pytest.approx(expected.value.tolist(), rel=1e-8)
     assert found.value.tolist() == pytest.approx(take(less(sample, 0, 0), name, **arguments).value.tolist(), rel=1e-8)
@@ -167,7 +167,7 @@ def test_a_subset_costs_its_share_and_no_more() -> None:
 
 
 def test_little_memory_takes_groups_in_place_of_parts() -> None:
-    assert copies(150, 1, population=600).parts == 18
+    assert copies(150, 1, population=600).parts == 16
     engine = copies(150, 1, population=600, memory=8 * 43 * 15)
     assert engine.parts == 0
     (rows,) = measure_stack(engine, ["lpf(sigma=0.1)"])
@@ -197,7 +197,12 @@ TRUTHS = {
 }
 
 
-@pytest.mark.parametrize("name", TRUTHS)
+SLOW = ("lpf_gap",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TRUTHS]
+)
 def test_the_interval_of_a_subset_holds_the_value_of_all_examples(name: str) -> None:
     """95 % intervals of 100 subsets of 320 of 1600 examples, in float64."""
     engine, (own, exactly) = copies(1600, 100), TRUTHS[name]
