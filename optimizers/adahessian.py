@@ -10,6 +10,7 @@ the last one is used again. Source: Yao et al. 2021, equations 8 to 12 and algor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from flatmin.optimizers.adam import no_steps
 from flatmin.optimizers.arguments import Beta1, Beta2, LearningRate, WeightDecay
 from flatmin.optimizers.interface import Evaluation, HessianProduct, SecondOrderBase, State, Step
+from flatmin.optimizers.terms import matters, scalar
 from flatmin.settings import Setting
 
 
@@ -80,15 +82,29 @@ class _AdaHessian:
     def update(self, params: Tensor, found: Evaluation, state: State, step: Step) -> tuple[Tensor, State]:
         diagonal = self._diagonal(found.hvp, step) if found.hvp is not None else state["diagonal"]
         t = state["steps"] + 1
-        m = (self.beta1 * state["mean"]).add_((1 - self.beta1) * found.grad)
-        s = (self.beta2 * state["square"]).add_(((1 - self.beta2) * diagonal).mul_(diagonal))
-        m_hat = m / (1 - self.beta1**t).to(m.dtype)
+        m = torch.lerp(state["mean"], found.grad, scalar(1 - self.beta1, params))
+        s = torch.lerp(state["square"], diagonal.square(), scalar(1 - self.beta2, params))
         s_hat = s / (1 - self.beta2**t).to(s.dtype)
+        root = s_hat.sqrt()
+        if self._has_power:
+            root = torch.where(torch.as_tensor(self.hessian_power == 1), root, s_hat.pow_(self.hessian_power / 2))
+        root.add_(self.adahessian_eps)
         lr = self.lr * step.lr_factor
-        change = m_hat.div_(s_hat.pow_(self.hessian_power / 2).add_(self.adahessian_eps))
-        change.add_(self.weight_decay * params).mul_(lr)
+        scaled = m * (lr / (1 - self.beta1**t)).to(m.dtype)
         kept = {} if self.hessian_every == 1 else {"diagonal": diagonal}
-        return torch.sub(params, change, out=change), {"mean": m, "square": s, "steps": t, **kept}
+        new = torch.addcdiv(params, scaled, root, value=-1)
+        if self._decays:
+            new.sub_(lr * self.weight_decay * params)
+        return new, {"mean": m, "square": s, "steps": t, **kept}
+
+    @cached_property
+    def _decays(self) -> bool:
+        return matters(self.weight_decay)
+
+    @cached_property
+    def _has_power(self) -> bool:
+        """Whether some root is not the square root, which is faster than any other."""
+        return matters(self.hessian_power - 1)
 
     def _diagonal(self, hvp: HessianProduct, step: Step) -> Tensor:
         total: Tensor | float = 0.0

@@ -8,6 +8,7 @@ Source: Kingma and Ba 2015, algorithm 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flatmin.optimizers.arguments import Beta1, Beta2, LearningRate, WeightDecay
 from flatmin.optimizers.interface import Base, Evaluation, State, Step
+from flatmin.optimizers.terms import matters, scalar
 from flatmin.settings import Setting
 
 
@@ -52,14 +54,17 @@ class Adam:
             params = params - lr * self.weight_decay * params
             g = found.grad
         else:
-            g = (self.weight_decay * params).add_(found.grad)
+            g = (self.weight_decay * params).add_(found.grad) if self._decays else found.grad
         t = state["steps"] + 1
-        m = (self.beta1 * state["mean"]).add_((1 - self.beta1) * g)
-        s = (self.beta2 * state["square"]).add_(((1 - self.beta2) * g).mul_(g))
-        m_hat = m / (1 - self.beta1**t).to(g.dtype)
-        root = (s / (1 - self.beta2**t).to(g.dtype)).sqrt_()
-        change = m_hat.mul_(lr).div_(root.add_(self.adam_eps))
-        return torch.sub(params, change, out=change), {"mean": m, "square": s, "steps": t}
+        m = torch.lerp(state["mean"], g, scalar(1 - self.beta1, g))
+        s = torch.lerp(state["square"], g.square(), scalar(1 - self.beta2, g))
+        root = s.sqrt().div_((1 - self.beta2**t).sqrt().to(g.dtype)).add_(self.adam_eps)
+        scaled = m * (lr / (1 - self.beta1**t)).to(g.dtype)
+        return torch.addcdiv(params, scaled, root, value=-1), {"mean": m, "square": s, "steps": t}
+
+    @cached_property
+    def _decays(self) -> bool:
+        return matters(self.weight_decay)
 
 
 def no_steps(params: Tensor) -> Tensor:

@@ -68,20 +68,21 @@ class _SCRN:
         g = found.grad
         norm = g.norm(dim=1, keepdim=True)
         steep = norm >= self.scrn_smoothness**2 / self.scrn_penalty
-        change = torch.zeros_like(g)
+        new = params
         if bool(steep.any()):
-            change = torch.where(steep, self._cauchy_point(g, norm, found.hvp), change)
+            new = torch.addcmul(params, g, self._cauchy_length(g, norm, found.hvp))
         if not bool(steep.all()):
-            change = torch.where(steep, change, self._descent(g, found.hvp, step))
-        return params + change, {}
+            new = torch.where(steep, new, params + self._descent(g, found.hvp, step))
+        return new, {}
 
-    def _cauchy_point(self, g: Tensor, norm: Tensor, hvp: HessianProduct) -> Tensor:
+    def _cauchy_length(self, g: Tensor, norm: Tensor, hvp: HessianProduct) -> Tensor:
+        """Return what of the gradient the step is, `[K, 1]`."""
         rho = self.scrn_penalty
         c = (g * hvp(g)).sum(dim=1, keepdim=True) / (rho * norm**2)
         root = (c**2 + 2 * norm / rho).sqrt()
         # the same number twice; the difference of two large ones would lose all digits
         length = torch.where(c > 0, 2 * norm / rho / (root + c), root - c)
-        return -length * g / norm
+        return -length / norm
 
     def _descent(self, g: Tensor, hvp: HessianProduct, step: Step) -> Tensor:
         rho = self.scrn_penalty

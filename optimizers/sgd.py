@@ -7,6 +7,7 @@ Source: Sutskever et al. 2013, in the form without dampening whose first v is g.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flatmin.optimizers.arguments import LearningRate, WeightDecay
 from flatmin.optimizers.interface import Base, Evaluation, State, Step
+from flatmin.optimizers.terms import matters, scalar
 from flatmin.settings import Setting
 
 
@@ -39,8 +41,20 @@ class _SGD:
         return {"velocity": torch.zeros_like(params)}
 
     def update(self, params: Tensor, found: Evaluation, state: State, step: Step) -> tuple[Tensor, State]:
-        g = (self.weight_decay * params).add_(found.grad)
-        v = (self.momentum * state["velocity"]).add_(g)
-        direction = g.add_(self.momentum * v) if self.nesterov else v
-        change = torch.mul(direction, self.lr * step.lr_factor, out=g)
-        return torch.sub(params, change, out=change), {"velocity": v}
+        g, v = found.grad, state["velocity"]
+        if self._decays:
+            g = (self.weight_decay * params).add_(g)
+        direction = g
+        if self._has_momentum:
+            v = (self.momentum * v).add_(g)
+            direction = g + self.momentum * v if self.nesterov else v
+        lr = scalar(self.lr * step.lr_factor, params)
+        return torch.addcmul(params, direction, lr, value=-1), {"velocity": v}
+
+    @cached_property
+    def _decays(self) -> bool:
+        return matters(self.weight_decay)
+
+    @cached_property
+    def _has_momentum(self) -> bool:
+        return matters(self.momentum)

@@ -11,7 +11,8 @@ between epochs are paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,6 +127,7 @@ def _measure(
                 loss=trainer.objective.of_example,
                 sets={name: split.select(index).chunks() for name, split in _other_sets(trainer).items()},
                 population=population,
+                of_examples=trainer.of_examples.setdefault((tuple(positions), population, len(train)), {}),
             )
         except RequestError as error:
             found = refused(labels, len(positions), error)
@@ -135,8 +137,28 @@ def _measure(
         for row, (position, epoch) in enumerate(zip(positions, epochs, strict=True)):
             outcome = trainer.outcomes[position]
             outcome.sharpness += [{"epoch": epoch, **of_label[row]} for of_label in found.rows]
-            outcome.spectra += [{"epoch": epoch, **point} for of_label in found.points for point in of_label[row]]
+            outcome.spectra += [curve for of_label in found.points for curve in _curves(epoch, of_label[row])]
     return failed
+
+
+def _curves(epoch: int, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points of an epoch by curve, as outcomes keep them: a run may have some for each of 1,500 epochs."""
+    curves: dict[tuple[str, str], dict[str, Any]] = {}
+    for point in points:
+        key = (point["kind"], sys.intern(point["settings"]))
+        own = curves.setdefault(
+            key, dict(zip(("kind", "settings"), key, strict=True), epoch=epoch, x=[], y=[], value=[])
+        )
+        for name in ("x", "y", "value"):
+            own[name].append(point[name])
+    return list(curves.values())
+
+
+def points_of(curve: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the table `spectra`, without ids, of a curve as outcomes keep it."""
+    of_curve = {name: curve[name] for name in ("epoch", "kind", "settings")}
+    for x, y, value in zip(curve["x"], curve["y"], curve["value"], strict=True):
+        yield {**of_curve, "x": x, "y": y, "value": value}
 
 
 def _at_hand(train: Split, measures: Sequence[str]) -> list[tuple[Split, int, list[str]]]:

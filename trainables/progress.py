@@ -67,7 +67,8 @@ class Outcome:
     """What has become of one model so far; plain data, for the checkpoint and the tables.
 
     Attributes:
-        epochs, sharpness, spectra: Its rows of these tables, without ids.
+        epochs, sharpness: Its rows of these tables, without ids.
+        spectra: Its curves, each with all its points.
         row: Its columns of the `models` table once it has ended, else None.
         params: Its weights once it has ended, `[d]`.
         buffers: Its buffers once it has ended.

@@ -73,6 +73,7 @@ class StackTrainer:
         check_split(rule, self.recipes[0].batch_size)
         self.step_size = self.recipes[0].batch_size * (1 if rule.splits else rule.batches)
         """Examples that a step takes of each model's training set."""
+        self.of_examples: dict[tuple[Any, ...], dict[Any, Any]] = {}  # what measures have made of some models' examples
         self.outcomes = [Outcome() for _ in trial.models]
         self.progress = Progress(
             alive=list(range(len(trial.models))),
@@ -197,16 +198,19 @@ class StackTrainer:
         losses, params, state = answered(stepping, passes.answer)
         updated = passes.buffers
         bad_loss = ~(losses <= self._max_loss)  # true for NaN as well
-        bad_step = ~torch.isfinite(params).all(dim=1)
+        bad_step = ~all_finite(params)
         keep = now.running & ~bad_loss & ~bad_step
         back = now.running & bad_loss
         before = now.params, now.buffers
-        now.params = _where(keep, params, _where(back, now.params_before, now.params))
-        now.buffers = {
-            name: _where(keep, updated[name], _where(back, now.buffers_before[name], buffer))
-            for name, buffer in now.buffers.items()
-        }
-        now.optimizer = {name: _where(keep, state[name], old) for name, old in now.optimizer.items()}
+        if params.is_cpu and bool(keep.all()):  # elsewhere to ask is to wait
+            now.params, now.buffers, now.optimizer = params, updated, dict(state)
+        else:
+            now.params = _where(keep, params, _where(back, now.params_before, now.params))
+            now.buffers = {
+                name: _where(keep, updated[name], _where(back, now.buffers_before[name], buffer))
+                for name, buffer in now.buffers.items()
+            }
+            now.optimizer = {name: _where(keep, state[name], old) for name, old in now.optimizer.items()}
         now.params_before, now.buffers_before = before
         now.running = keep
 
@@ -368,6 +372,13 @@ def initial_stack(
 
 def _cast(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer.to(dtype) if buffer.is_floating_point() else buffer
+
+
+def all_finite(params: Tensor) -> Tensor:
+    """Return which models' weights `[K, d]` are all finite, bool `[K]`."""
+    if params.is_cpu and bool((found := params.sum(dim=1).isfinite()).all()):
+        return found  # in one pass: a sum is finite only if every term is
+    return torch.isfinite(params).all(dim=1)
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from flatmin.errors import RequestError
+from flatmin.stack.linear import weights_first
 from flatmin.stack.streams import Streams, draws_from
 
 Buffers = Mapping[str, Tensor]
@@ -170,7 +171,7 @@ class StackedNetwork:
 
         def forward(own: dict[str, Tensor], key: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             given = dict(own)
-            with nullcontext() if first is None else draws_from(key, first):
+            with nullcontext() if first is None else draws_from(key, first), weights_first(x):
                 outputs = functional_call(self.template, own, (x,))
             if not isinstance(outputs, Tensor):
                 raise RequestError(

@@ -86,7 +86,9 @@ def rademacher(
     key, count = _key(key, device), math.prod(shape)
     drawn = key.new_empty(count, dtype=dtype)
     for start, stop in _pieces(count, key.device):
-        drawn[start:stop] = _shift(_bits_between(key, start, stop), 63)
+        index = torch.arange(start + 1, stop + 1, device=key.device)
+        # the first bit of 64 is known before the last line of `_mix`, which only changes those behind
+        drawn[start:stop] = _half_mixed(_mix(key) + index.mul_(_GOLDEN)) < 0
     return drawn.mul_(2.0).sub_(1.0).reshape(tuple(shape))
 
 
@@ -113,9 +115,13 @@ def _bits_between(key: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = _shift(z, 30).bitwise_xor_(z).mul_(_MIX1)
-    z = _shift(z, 27).bitwise_xor_(z).mul_(_MIX2)
+    z = _half_mixed(z)
     return _shift(z, 31).bitwise_xor_(z)
+
+
+def _half_mixed(z: Tensor) -> Tensor:
+    z = _shift(z, 30).bitwise_xor_(z).mul_(_MIX1)
+    return _shift(z, 27).bitwise_xor_(z).mul_(_MIX2)
 
 
 def _shift(z: Tensor, places: int) -> Tensor:
