@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from flatmin.analysis import frequency
 from flatmin.analysis.published import compare, published
 from flatmin.orchestrator.study import builtin_names, read_study
 from flatmin.results import Results
@@ -23,7 +24,10 @@ def published_beside(results: Results) -> pd.DataFrame:
     """
     models = results.models()
     name = str(models["study"].iloc[0]) if len(models) else ""
-    compared = compare(models, results.sharpness(), results.epochs(), recipes=as_published(name))
+    epochs, waves = results.epochs(), frequency.read(results.spectra(), models)
+    measured = frequency.with_ratios(results.sharpness(), waves, models, epochs)
+    compared = compare(models, measured, epochs, recipes=as_published(name))
     numbers = published()
     others = numbers[~numbers["study"].isin(compared["study"])]
+    others = others.assign(missing="no model of this study is there, stand-ins left out")
     return pd.concat([compared, others], ignore_index=True)
