@@ -19,8 +19,8 @@ from flatmin.analysis.configurations import Configurations, Floats, Ints
 MOST_CONFIGURATIONS = 6000
 """Statistics over pairs of configurations take a random part of this size of a larger table."""
 
-FEWEST_CONFIGURATIONS = 4
-"""Fewer configurations than this have too few distinct resamples for an interval to mean anything."""
+FEWEST_CONFIGURATIONS = 5
+"""Fewer configurations than this are ranked alike by chance alone in more than 1 of 20 tables, whatever is drawn."""
 
 _MOST_SEED_DRAWS = 5
 
@@ -133,7 +133,7 @@ def seeds_to_halve(
 
     Returns:
         The number of seeds; infinity where seeds alone cannot; None where a configuration has one row only, or fewer
-        than four configurations have several.
+        than five configurations have several.
     """
     sizes = configurations.sizes
     if len(sizes) < FEWEST_CONFIGURATIONS or sizes.min() < 2:

@@ -102,7 +102,8 @@ def _on_rows(models: pd.DataFrame, sharpness: pd.DataFrame, result: Correlations
     if "seed" in table.columns and table["seed"].nunique() > 1:
         table, axes = table.assign(**{_SEED: table["seed"]}), [*axes, _SEED]
     whole = configurations.of(table, axes, repeated=True)
-    each = Configurations(whole.axes, whole.levels[whole.rows], np.arange(len(table)))
+    absent = None if whole.absent is None else whole.absent[whole.rows]
+    each = Configurations(whole.axes, whole.levels[whole.rows], np.arange(len(table)), absent)
 
     def one(name: str, known: MeasureCorrelation) -> MeasureCorrelation:
         control = name == RANDOM and RANDOM not in result.measures

@@ -14,6 +14,9 @@ from flatmin.analysis.section import axes_of
 ALL_MEASURES = ""
 """The choice of no single measure."""
 
+UNSPLIT = ""
+"""The choice of no setting that parts the points."""
+
 
 def options(views: Sequence[View], models: pd.DataFrame, sharpness: pd.DataFrame) -> dict[str, dict[str, str]]:
     """Return the values of every control with their words, the first one chosen at the beginning.
@@ -28,6 +31,7 @@ def options(views: Sequence[View], models: pd.DataFrame, sharpness: pd.DataFrame
         "filter": {name: words for name, words in choices.FILTERS.items() if name in {view.filter for view in views}},
         "seeds": {name: words for name, words in choices.SEEDS.items() if name in {view.seeds for view in views}},
         "axis": {axis: axis for axis in axes_of(models)},
+        "split": {UNSPLIT: "not at all"} | {axis: axis for axis in axes_of(models)},
         "measure": {ALL_MEASURES: "all measures"} | {label: label for label in labels},
     }
 
@@ -51,7 +55,7 @@ def bar(views: Sequence[View], models: pd.DataFrame, sharpness: pd.DataFrame) ->
         models: Rows of the `models/` table.
         sharpness: Rows of the `sharpness/` table; may be empty.
     """
-    words = {"filter": "Models", "seeds": "Seeds", "axis": "Setting", "measure": "Measure"}
+    words = {"filter": "Models", "seeds": "Seeds", "axis": "Setting", "split": "Split points by", "measure": "Measure"}
     parts = []
     for name, values in options(views, models, sharpness).items():
         listed = "".join(

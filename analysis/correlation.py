@@ -17,6 +17,7 @@ from scipy import stats
 
 from flatmin.analysis import configurations, expression, frames, kendall
 from flatmin.analysis.association import MeasureCorrelation, Request, associate, defined
+from flatmin.analysis.axes import fixed_by
 from flatmin.analysis.configurations import Bools, Configurations, Floats
 from flatmin.errors import RequestError
 
@@ -88,8 +89,9 @@ def correlate(
             `models`.
         target: The column to compare with.
         axes: The settings that make a configuration. None: every column that varies and is no known result,
-            no seed, no measure. In a table with seeds, a fractional column in which no value comes twice is a
-            result of somebody's own, since the seeds of a configuration share its settings; a note tells.
+            no seed, no measure, and that the choice of plug-ins does not fix (`axes.fixed_by`). In a table with seeds,
+            a fractional column in which no value comes twice is a result of somebody's own, since the seeds of a
+            configuration share its settings. Notes tell.
         measures: Columns or labels to correlate. None: all labels of `sharpness`, or, with `axes` given,
             every other numeric column that varies.
         seed_column: The column that repeats a configuration. A table with neither axes nor seeds has one
@@ -308,16 +310,19 @@ def _measures(
 
 
 def _settings(table: pd.DataFrame, others: set[str], seed_column: str) -> tuple[list[str], list[str]]:
-    """The columns that make a configuration, and a note on those that look like settings and are none."""
+    """The columns that make a configuration, and notes on the others that vary."""
     settings = frames.varying(table, exclude=others)
     if "study" in table.columns and table["study"].nunique() > 1:
         settings = ["study", *settings]
-    unrepeated = frames.unrepeated(table, settings, seed_column)
-    if not unrepeated:
-        return settings, []
-    listing = ", ".join(unrepeated)
-    note = f"taken as results, not as axes, because no two seeds share a value: {listing}"
-    return [setting for setting in settings if setting not in unrepeated], [note]
+    notes = []
+    if unrepeated := frames.unrepeated(table, settings, seed_column):
+        notes.append(f"taken as results, not as axes, because no two seeds share a value: {', '.join(unrepeated)}")
+    settings = [setting for setting in settings if setting not in unrepeated]
+    fixed = fixed_by(table, settings)
+    for by in dict.fromkeys(fixed.values()):
+        named = ", ".join(setting for setting in fixed if fixed[setting] == by)
+        notes.append(f"no axis of its own, because fixed by {' and '.join(by)}: {named}")
+    return [setting for setting in settings if setting not in fixed], notes
 
 
 def _dropped_statuses(table: pd.DataFrame) -> dict[str, int]:

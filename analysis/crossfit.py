@@ -31,13 +31,14 @@ def crossfit(configurations: Configurations, x: Floats, y: Floats) -> dict[str, 
         y: The target of every configuration.
 
     Returns:
-        One entry per axis; None where it has one level, too few configurations are left to fit, or the target does not
-        vary.
+        One entry per axis, over the configurations that have it; None where it has one level, too few configurations
+        are left to fit, or the target does not vary.
     """
-    return {
-        axis: _axis(configurations.levels[:, place] % MOST_FOLDS, x, y)
-        for place, axis in enumerate(configurations.axes)
-    }
+    found = {}
+    for place, axis in enumerate(configurations.axes):
+        having = configurations.having(place)
+        found[axis] = _axis(configurations.levels[having, place] % MOST_FOLDS, x[having], y[having])
+    return found
 
 
 def _axis(folds: Ints, x: Floats, y: Floats) -> float | None:

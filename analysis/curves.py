@@ -52,13 +52,18 @@ def of_kind(spectra: pd.DataFrame, kind: str) -> pd.DataFrame:
     rows = spectra[spectra["kind"] == kind].reset_index(drop=True)
     if "epoch" in rows.columns and len(rows):
         rows = rows[rows["epoch"] == rows.groupby(["model_id", "settings"], dropna=False)["epoch"].transform("max")]
-    held = {settings: _settings(settings) for settings in rows["settings"].unique()}
+    held = {settings: settings_of(settings) for settings in rows["settings"].unique()}
     labels = {settings: str(found.get("label", kind)) for settings, found in held.items()}
     parts = {settings: found.get("part") for settings, found in held.items()}
     return rows.assign(label=rows["settings"].map(labels), part=rows["settings"].map(parts)).reset_index(drop=True)
 
 
-def _settings(text: object) -> Mapping[str, object]:
+def settings_of(text: object) -> Mapping[str, object]:
+    """Return what a row's `settings` hold; nothing where they are no JSON object.
+
+    Args:
+        text: A value of the column.
+    """
     try:
         found = json.loads(str(text))
     except ValueError:

@@ -7,6 +7,7 @@ Everything here takes and returns pandas data frames with the columns of the res
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from flatmin.bucket import BucketPath
 from flatmin.errors import RequestError, nearest
 from flatmin.tables import fixed_columns
 
@@ -45,7 +47,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Read one table, a row per model, from a CSV, TSV or Parquet file.
 
     Args:
-        path: A file that ends in `.csv`, `.tsv` or `.parquet`, or a directory of Parquet files.
+        path: A file that ends in `.csv`, `.tsv` or `.parquet`, or a directory of Parquet files; or the URI of either
+            in a bucket.
 
     Returns:
         The table as stored: no column is renamed, no row is left out.
@@ -54,7 +57,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         RequestError: The file is missing, of another kind, unreadable, or has no rows.
     """
     if "://" in str(path):
-        raise RequestError(f"{path}: tables in a bucket cannot be read yet; copy it to a directory.")
+        return _read_from_bucket(BucketPath.parse(str(path)))
     path = Path(path)
     if not path.exists():
         beside = [str(other) for other in _beside(path)]
@@ -72,6 +75,17 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if frame.empty:
         raise RequestError(f"{path}: the table has no rows.")
     return frame
+
+
+def _read_from_bucket(there: BucketPath) -> pd.DataFrame:
+    there.reach()
+    files = [there] if there.is_file() else sorted(there.glob("*.parquet"))
+    if not files:
+        raise RequestError(f"{there}: no such file.")
+    with tempfile.TemporaryDirectory(prefix="flatmin-") as folder:
+        for file in files:
+            (Path(folder) / file.name).write_bytes(file.read_bytes())
+        return read_table(Path(folder) / there.name if there.is_file() else folder)
 
 
 def _beside(path: Path) -> list[Path]:
@@ -333,6 +347,27 @@ def spread(values: Sequence[T], most: int) -> list[T]:
     if len(values) <= most:
         return list(values)
     return [values[int(rank)] for rank in np.linspace(0, len(values) - 1, most)]
+
+
+def thin(epochs: pd.Series, most: int) -> list[int]:
+    """Pick at most about `most` epochs of a training, half of them evenly, half evenly on a logarithmic scale.
+
+    Args:
+        epochs: Epochs, in any order and as often as they come.
+        most: How many to return at most.
+
+    Returns:
+        Distinct epochs, the first and the last among them, in order.
+
+    >>> thin(pd.Series(range(1, 101)), 8)
+    [1, 5, 22, 34, 67, 100]
+    """
+    distinct = np.sort(epochs.dropna().unique())
+    if len(distinct) <= most:
+        return [int(epoch) for epoch in distinct]
+    even = np.linspace(0, len(distinct) - 1, most // 2)
+    early = np.geomspace(1, len(distinct), most - most // 2) - 1
+    return [int(epoch) for epoch in distinct[np.unique(np.concatenate([even, early]).round().astype(int))]]
 
 
 def ordered(values: pd.Series) -> list[object]:

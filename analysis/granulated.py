@@ -3,7 +3,9 @@ r"""Granulated Kendall coefficients: does a measure follow the target when one a
 .. math:: \psi_i = \frac{1}{m_i} \sum_{\text{groups}} \tau(\text{group}), \qquad \Psi = \frac{1}{n} \sum_i \psi_i
 
 A group is the configurations that are equal in every axis but the i-th; tau is tau-a as in the paper, or tau-b, which
-leaves out tied pairs. Jiang et al. 2020, "Fantastic generalization measures and where to find them", section 2.2.2.
+leaves out tied pairs. Where only some levels of the axis have a setting (`rho` of some optimizers), a group is equal in
+the other settings, and those of its pairs count that differ in the axis and in nothing that both have. Jiang
+et al. 2020, "Fantastic generalization measures and where to find them", section 2.2.2.
 """
 
 from __future__ import annotations
@@ -57,7 +59,12 @@ def granulated(
     """
     # ranks instead of values, because the difference of two huge values overflows
     x, y = (stats.rankdata(values, method="dense") for values in (x, y))
-    return {axis: _axis(configurations.groups(place), x, y, variant) for place, axis in enumerate(configurations.axes)}
+    return {
+        axis: _pairs(configurations.pairs(place), x, y, variant)
+        if configurations.own(place)
+        else _groups(configurations.groups(place), x, y, variant)
+        for place, axis in enumerate(configurations.axes)
+    }
 
 
 def mean(psi: Mapping[str, Psi]) -> float | None:
@@ -73,7 +80,7 @@ def mean(psi: Mapping[str, Psi]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _axis(groups: list[Ints], x: Floats, y: Floats, variant: Literal["a", "b"]) -> Psi:
+def _groups(groups: list[Ints], x: Floats, y: Floats, variant: Literal["a", "b"]) -> Psi:
     alone, tied = 0, 0
     taus: list[Floats] = []
     for group in groups:
@@ -94,7 +101,21 @@ def _axis(groups: list[Ints], x: Floats, y: Floats, variant: Literal["a", "b"]) 
         scale = np.sqrt(untied[0] * untied[1])
         taus.append(np.divide((sx * sy).sum(axis=1), scale, out=np.full(len(group), np.nan), where=scale > 0))
         tied += int((sx * sy == 0).sum())
-    found = np.concatenate([np.empty(0), *taus])
-    known = found[np.isfinite(found)]
+    return _mean(np.concatenate([np.empty(0), *taus]), alone, tied)
+
+
+def _pairs(groups: list[tuple[Ints, Ints]], x: Floats, y: Floats, variant: Literal["a", "b"]) -> Psi:
+    taus, tied = np.full(len(groups), np.nan), 0
+    for place, (i, j) in enumerate(groups):
+        sx, sy = (np.sign(values[i] - values[j]) for values in (x, y))
+        scale = len(i) if variant == "a" else np.sqrt(np.abs(sx).sum() * np.abs(sy).sum())
+        taus[place] = (sx * sy).sum() / scale if scale else np.nan
+        tied += int((sx * sy == 0).sum())
+    paired = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *(part for pair in groups for part in pair)]))
+    return _mean(taus, len(x) - len(paired), tied)
+
+
+def _mean(taus: Floats, alone: int, tied: int) -> Psi:
+    known = taus[np.isfinite(taus)]
     value = float(known.mean()) if len(known) else None
-    return Psi(value, len(known), len(found) - len(known), alone, tied)
+    return Psi(value, len(known), len(taus) - len(known), alone, tied)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
 import json
 import os
@@ -22,7 +24,10 @@ _POLICY = (
 )
 """The browser itself refuses any request: only what is in the file runs. WebGL points need `unsafe-eval`."""
 
-_OWN = ("xaxis", "yaxis", "showlegend")
+PACKED_FROM = 50_000
+"""Characters of JSON that are worth packing: to a third."""
+
+_OWN = ("xaxis", "yaxis", "showlegend", "pick")
 """What a trace has from its place in a figure; traces that differ in these only are kept once."""
 
 
@@ -66,8 +71,12 @@ def embed(name: str, payload: str) -> str:
 
     Args:
         name: The element's id, a plain word.
-        payload: JSON. Characters that could end the element are written as JSON escapes.
+        payload: JSON. Characters that could end the element are written as JSON escapes; what is long is packed, as
+            gzip in base64, which the page's script unpacks.
     """
+    if len(payload) >= PACKED_FROM:
+        packed = base64.b64encode(gzip.compress(payload.encode(), mtime=0)).decode()
+        return f'<script type="application/octet-stream" data-packed="gzip" id="{name}">{packed}</script>'
     for character in "<>&\u2028\u2029":
         payload = payload.replace(character, f"\\u{ord(character):04x}")
     return f'<script type="application/json" id="{name}">{payload}</script>'
@@ -139,13 +148,15 @@ def _plain(value: object) -> object:
     return value if isinstance(value, str | int | bool) else str(value)
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, *, refresh: float | None = None) -> str:
     """Return a whole page with the style, plotly.js and the page's script inside.
 
     Args:
         title: Plain text, escaped here.
         body: HTML.
+        refresh: Seconds after which the page's script loads it again; None: never.
     """
+    again = "" if refresh is None else f' data-refresh="{refresh:g}"'
     folder = resources.files("flatmin.analysis")
     style = folder.joinpath("report.css").read_text(encoding="utf-8")
     script = folder.joinpath("report.js").read_text(encoding="utf-8")
@@ -154,7 +165,7 @@ def document(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>\n{style}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
-        f"<body>\n{body}\n<script>\n{script}</script>\n</body>\n</html>\n"
+        f"<body{again}>\n{body}\n<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 

@@ -47,8 +47,9 @@ def alone(whole: Drawn, measure: str) -> Drawn:
     layout = dict(whole["layout"])
     used = sorted({_number(trace["yaxis"]) for trace in traces})
     if len(used) < len([name for name in layout if name.startswith("yaxis")]):
-        layout = _cut(layout, used)
-    menus = [_chosen(menu, places) for menu in layout.get("updatemenus", [])]
+        beside = len({tuple(layout[f"yaxis{_suffix(number)}"]["domain"]) for number in used}) == 1 < len(used)
+        layout = _row(layout, used) if beside else _cut(layout, used)
+    menus = [_chosen(menu, places, used) for menu in layout.get("updatemenus", [])]
     return {"data": traces, "layout": layout | ({"updatemenus": menus} if menus else {})}
 
 
@@ -86,17 +87,38 @@ def _cut(layout: Mapping[str, Any], used: list[int]) -> dict[str, Any]:
     return out
 
 
+def _row(layout: Mapping[str, Any], used: list[int]) -> dict[str, Any]:
+    """The layout of panels that are a row of the whole: they stay beside each other, over the whole height."""
+    out = {name: value for name, value in layout.items() if not _AXIS.fullmatch(name)}
+    first = _suffix(used[0])
+    for number in used:
+        suffix = _suffix(number)
+        y = dict(layout[f"yaxis{suffix}"]) | {"domain": [0, 1]}
+        y.pop("matches", None)
+        out[f"xaxis{suffix}"] = layout[f"xaxis{suffix}"]
+        out[f"yaxis{suffix}"] = y | ({} if suffix == first else {"matches": f"y{first}"})
+    notes = layout.get("annotations", [])
+    out["annotations"] = [notes[number - 1] | {"y": 1} for number in used if number <= len(notes)]
+    margin = layout["margin"]
+    out["height"] = margin["t"] + margin["b"] + _PIXELS
+    return out
+
+
 def _title(layout: Mapping[str, Any], side: str) -> dict[str, Any]:
     axes = [value for name, value in layout.items() if re.fullmatch(rf"{side}axis\d*", name)]
     return next((dict(axis["title"]) for axis in axes if axis.get("title", {}).get("text")), {})
 
 
-def _chosen(menu: Mapping[str, Any], places: list[int]) -> dict[str, Any]:
-    """A menu whose buttons give every trace its own values gives them to the kept traces."""
+def _chosen(menu: Mapping[str, Any], places: list[int], used: list[int]) -> dict[str, Any]:
+    """A menu of the kept traces and axes: its buttons give each its own values."""
+    kept = {f"{side}axis{_suffix(number)}" for side in "xy" for number in used}
     buttons = []
     for button in menu["buttons"]:
         first, *rest = button["args"]
         if button["method"] == "update":
             first = {name: [values[place] for place in places] for name, values in first.items()}
+        else:
+            parts = {name: name.partition(".")[0] for name in first}
+            first = {name: first[name] for name, part in parts.items() if part in kept or not _AXIS.fullmatch(part)}
         buttons.append(dict(button) | {"args": [first, *rest]})
     return dict(menu) | {"buttons": buttons}

@@ -141,6 +141,24 @@ def peak_over_seeds(curves: pd.DataFrame, *, resamples: int = 1000, seed: int = 
     )
 
 
+def interval_in_words(found: SeedPeak, axis: str) -> str:
+    """Say how well the seeds fix a peak.
+
+    Args:
+        found: What `peak_over_seeds` returned.
+        axis: The setting that is swept.
+
+    Returns:
+        A sentence; empty without a peak or an interval.
+    """
+    if found.x is None or found.x_low is None or found.height_low is None:
+        return ""
+    return (
+        f"Over {found.seeds} seeds the peak lies at {axis} {found.x:g} [{found.x_low:g}, {found.x_high:g}] and stands "
+        f"{found.height:.3g} [{found.height_low:.3g}, {found.height_high:.3g}] above the higher minimum beside it."
+    )
+
+
 def _clear(rows: pd.DataFrame, place: int, valley: int) -> bool | None:
     spread = rows["std"] / np.sqrt(rows["n"])
     error = float(np.hypot(spread[place], spread[valley]))

@@ -184,10 +184,10 @@ def _stand_in(models: pd.DataFrame) -> pd.Series[bool]:
 
 
 def _matching(models: pd.DataFrame, settings: str) -> pd.DataFrame:
-    """The models that have these settings."""
+    """The models that have these settings; none where a setting is null, which says that theirs is not recorded."""
     matches = pd.Series(True, index=models.index)
     for name, value in json.loads(settings).items():
-        if name not in models.columns:
+        if value is None or name not in models.columns:
             return models.iloc[:0]
         matches &= _equal(models[name], value)
     return models[matches]

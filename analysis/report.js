@@ -1,11 +1,36 @@
-// Draws the figures of what is chosen, offers their data as CSV, and lets the table of models be sorted and filtered.
+// Draws the figures of what is chosen, offers their data as CSV, lets the table of models be sorted and filtered, and
+// loads a page that is written anew while a study runs.
 "use strict";
 (() => {
-  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const unpacked = {};
+  const read = (id) => JSON.parse(unpacked[id] ?? document.getElementById(id).textContent);
 
   const state = {};
   const figures = {};
-  let dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+  // what the reader had chosen before the page was loaded again
+  const before = history.state?.report ?? {};
+  // the button that was pressed in every menu of every figure, by its words
+  const pressed = before.pressed ?? {};
+  let dark = before.dark ?? window.matchMedia("(prefers-color-scheme: dark)").matches;
+
+  // long data are gzip in base64
+  async function unpack() {
+    for (const element of document.querySelectorAll("script[data-packed]")) {
+      const bytes = Uint8Array.from(atob(element.textContent), (character) => character.charCodeAt(0));
+      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream(element.dataset.packed));
+      unpacked[element.id] = await new Response(stream).text();
+      element.remove();
+    }
+  }
+
+  const narrow = window.matchMedia("(max-width: 640px)").matches;
+
+  // panels beside each other keep a width that can be read; a phone scrolls
+  function leastWidth(layout) {
+    const axes = Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name));
+    const columns = new Set(axes.map((name) => layout[name].domain?.[0] ?? 0)).size;
+    return columns > 1 ? 250 * columns + "px" : "";
+  }
 
   const fits = (of) => Object.entries(of).every(([name, value]) => state[name] === value);
 
@@ -24,7 +49,9 @@
     }
     // plotly.js has one colour for the active button, a light one
     const menu = { bgcolor: "#dfe3e9", font: { color: "#1f2933" } };
-    const menus = (layout.updatemenus || []).map((one) => (dark ? { ...one, ...menu } : one));
+    // a row of buttons is too long for a phone
+    const short = (one) => (narrow && one.buttons.length > 2 ? { ...one, type: "dropdown" } : one);
+    const menus = (layout.updatemenus || []).map((one) => (dark ? { ...short(one), ...menu } : short(one)));
     return menus.length ? { ...out, updatemenus: menus } : out;
   }
 
@@ -34,6 +61,17 @@
     if (!parts || 0.2126 * parts[1] + 0.7152 * parts[2] + 0.0722 * parts[3] > 90) return trace;
     const lighter = parts.slice(1).map((channel) => Math.round(Number(channel) / 2 + 127));
     return { ...trace, line: { ...trace.line, color: `rgb(${lighter.join(", ")})` } };
+  }
+
+  // a part of a figure's points
+  function picked({ pick, ...trace }) {
+    if (!pick) return trace;
+    const of = (values) => (Array.isArray(values) ? pick.map((place) => values[place]) : values);
+    const bars = trace.error_x && { ...trace.error_x, array: of(trace.error_x.array) };
+    return {
+      ...trace, x: of(trace.x), y: of(trace.y), customdata: of(trace.customdata), error_x: bars,
+      marker: { ...trace.marker, color: of(trace.marker.color) },
+    };
   }
 
   function drawFigure(place) {
@@ -59,11 +97,32 @@
       box.querySelector(".caption").textContent = "No figure for this choice: " + reason;
       return;
     }
-    const traces = variant.traces.map(([number, own]) => ({ ...structuredClone(figure.traces[number]), ...own }));
+    const traces = variant.traces.map(([number, own]) => picked({ ...structuredClone(figure.traces[number]), ...own }));
     button.dataset.place = variant.table;
     box.querySelector(".caption").textContent = variant.caption;
     place.style.minHeight = variant.layout.height + "px";
-    Plotly.react(place, traces.map(lifted), coloured(structuredClone(variant.layout)), options);
+    place.style.minWidth = leastWidth(variant.layout);
+    const layout = coloured(structuredClone(variant.layout));
+    Plotly.react(place, traces.map(lifted), layout, options);
+    press(place, name, layout.updatemenus || []);
+  }
+
+  // what a button says, less the counts of the models at hand
+  const words = (button) => button.label.replace(/ \(.*/, "");
+
+  // a figure that is drawn anew keeps the buttons that the reader pressed in it
+  function press(place, name, menus) {
+    menus.forEach((menu, number) => {
+      const active = menu.buttons.findIndex((button) => words(button) === pressed[name]?.[number]);
+      if (active <= 0) return;
+      const { method, args } = menu.buttons[active];
+      Plotly[method](place, ...structuredClone(args));
+      Plotly.relayout(place, { [`updatemenus[${number}].active`]: active });
+    });
+    place.removeAllListeners("plotly_buttonclicked");
+    place.on("plotly_buttonclicked", ({ menu, button }) => {
+      (pressed[name] ??= {})[menu._index] = words(button);
+    });
   }
 
   const drawFigures = () => document.querySelectorAll(".plot").forEach(drawFigure);
@@ -75,6 +134,8 @@
 
   function offerChoices() {
     for (const control of document.querySelectorAll("[data-control]")) {
+      const chosen = before.state?.[control.dataset.control];
+      if ([...control.options].some((option) => option.value === chosen)) control.value = chosen;
       state[control.dataset.control] = control.value;
       control.addEventListener("change", () => {
         state[control.dataset.control] = control.value;
@@ -215,10 +276,39 @@
     filter.addEventListener("input", arrange);
     previous.addEventListener("click", () => { state.page -= 1; show(); });
     next.addEventListener("click", () => { state.page += 1; show(); });
-    show();
+    filter.value = before.search ?? "";
+    arrange();
   }
 
-  offerDownloads();
-  modelTable();
-  offerChoices();
+  function stayCurrent() {
+    const seconds = Number(document.body.dataset.refresh);
+    if (!seconds) {
+      document.querySelector(".live")?.remove();
+      return;
+    }
+    const button = document.getElementById("live");
+    let following = before.following ?? true;
+    const show = () => button.setAttribute("aria-pressed", String(following));
+    button.addEventListener("click", () => { following = !following; show(); });
+    show();
+    setInterval(() => {
+      if (!following || document.hidden) return;
+      const search = document.getElementById("filter")?.value;
+      history.replaceState({ report: { state, pressed, dark, following, search, top: window.scrollY } }, "");
+      location.reload();
+    }, 1000 * seconds);
+    if (before.top) window.scrollTo(0, before.top);
+  }
+
+  async function start() {
+    await unpack();
+    if (document.getElementById("model-table")) {
+      offerDownloads();
+      modelTable();
+      offerChoices();
+    }
+    stayCurrent();
+  }
+
+  start();
 })();

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from flatmin.analysis import choices, controls, frames, page, published, sections
-from flatmin.analysis.association import MeasureCorrelation
-from flatmin.analysis.choices import View
+from flatmin.analysis import choices, controls, frames, frequency, listed, listed_frequency, page, published, sections
 from flatmin.analysis.section import Left, Section, Variant
-from flatmin.analysis.tuned import tuned
 from flatmin.errors import RequestError
-
-_LISTED = ("status", "epochs_run", "train_loss", "train_acc", "test_loss", "test_acc", "gen_gap", "seconds")
 
 
 def report(
@@ -33,6 +29,7 @@ def report(
     plan: pd.DataFrame | None = None,
     failures: pd.DataFrame | None = None,
     recipes: pd.DataFrame | None = None,
+    refresh: float | None = None,
 ) -> Path:
     """Write the report of a study.
 
@@ -44,7 +41,7 @@ def report(
         models: Rows of the `models/` table.
         epochs: Rows of the `epochs/` table.
         sharpness: Rows of the `sharpness/` table.
-        spectra: Rows of the `spectra/` table: loss surfaces and spectral densities.
+        spectra: Rows of the `spectra/` table: loss surfaces, spectral densities, Fourier coefficients.
         path: The HTML file to write; an old one is replaced in one step.
         target: The column that measures are compared with.
         planned: How many models the study plans; None when unknown.
@@ -52,6 +49,7 @@ def report(
         plan: Rows of the `plan/` table, for the coverage of the grid; None when unknown.
         failures: Rows of the `failures/` table, for the same; None when unknown.
         recipes: The settings of the models of a study with published numbers, as it trains them; None when it has none.
+        refresh: Seconds after which the page loads itself again, the reader's choices kept; None: never.
 
     Returns:
         The path.
@@ -69,13 +67,16 @@ def report(
     epochs = pd.DataFrame() if epochs is None else epochs
     sharpness = pd.DataFrame() if sharpness is None else sharpness
     views = choices.views(models, sharpness, target)
-    compared = published.compare(models, sharpness, epochs, recipes=recipes)
+    waves = [] if spectra is None or spectra.empty else frequency.read(spectra, models)
+    measured = frequency.with_ratios(sharpness, waves, models, epochs)
+    compared = published.compare(models, measured, epochs, recipes=recipes)
     shown, left = sections.figures(
         views,
         epochs,
         sharpness,
         target=target,
         spectra=spectra,
+        waves=waves,
         compared=compared,
         plan=plan,
         failures=failures,
@@ -84,24 +85,58 @@ def report(
     facts = _execution(models)
     body = "\n".join(
         [
-            _header(study),
+            _header(study, refresh),
             _headline(models, facts, planned, failed),
             controls.bar(views, models, sharpness),
             _findings(shown, state),
             "<main>",
             *[_figure(section, state) for section in shown],
             _left_out(left),
-            _published(compared, models),
-            _tuned(models),
-            *[_correlation_table(view, state) for view in views],
-            _model_table(models, sharpness),
-            _settings(study, models),
+            listed_frequency.tables(waves, epochs, compared),
+            listed.beside_published(compared, models),
+            listed.at_equal_budget(models),
+            *[listed.correlations(view, state) for view in views],
+            listed.all_models(models, sharpness),
+            listed.all_settings(study, models),
             "</main>",
             _footer(facts, models),
         ]
     )
+    return _write(path, study, body, refresh)
+
+
+def waiting(*, study: Mapping[str, object], path: str | Path, refresh: float) -> Path:
+    """Write the page of a study that has no trained model yet, which loads itself again until there is one.
+
+    Args:
+        study: The resolved study, as for `report`.
+        path: The HTML file to write; an old one is replaced in one step.
+        refresh: Seconds between two loads.
+
+    Returns:
+        The path.
+
+    Raises:
+        RequestError: The file cannot be written.
+    """
+    body = f"{_header(study, refresh)}<main><section><p>No model is trained yet.</p></section></main>"
+    return _write(Path(path), study, body, refresh)
+
+
+def settle(path: Path) -> None:
+    """Let a page that loads itself again do so no more.
+
+    Args:
+        path: What `report` or `waiting` wrote; nothing happens where it is missing.
+    """
+    if path.is_file():
+        content = path.read_text(encoding="utf-8")
+        page.write(path, re.sub(r'<body data-refresh="[^"]*">', "<body>", content, count=1))
+
+
+def _write(path: Path, study: Mapping[str, object], body: str, refresh: float | None) -> Path:
     try:
-        page.write(path, page.document(str(study.get("study") or "study"), body))
+        page.write(path, page.document(str(study.get("study") or "study"), body, refresh=refresh))
     except OSError as problem:
         raise RequestError(f"{path}: cannot be written ({problem.strerror}).") from problem
     return path
@@ -126,10 +161,16 @@ def _execution(models: pd.DataFrame) -> dict[str, list[str]]:
     return {key: sorted(values) for key, values in sorted(found.items())}
 
 
-def _header(study: Mapping[str, object]) -> str:
+def _header(study: Mapping[str, object], refresh: float | None) -> str:
     about = f'<p class="about">{page.text(study["about"])}</p>' if study.get("about") else ""
     source = f'<p class="source">Source: {page.text(study["source"])}</p>' if study.get("source") else ""
-    return f"<header><h1>{page.text(study.get('study') or 'study')}</h1>{about}{source}</header>"
+    live = ""
+    if refresh is not None:
+        live = (
+            f'<p class="live">Live, as of {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC; looks again every {refresh:g} s. '
+            '<button type="button" id="live" aria-pressed="true">Follow</button></p>'
+        )
+    return f"<header><h1>{page.text(study.get('study') or 'study')}</h1>{about}{source}{live}</header>"
 
 
 def _headline(models: pd.DataFrame, facts: dict[str, list[str]], planned: int | None, failed: int | None) -> str:
@@ -184,7 +225,7 @@ def _figure(section: Section, state: Mapping[str, str]) -> str:
     height = first.figure["layout"]["height"] if isinstance(first, Variant) else 0
     return (
         f'<figure id="figure-{section.name}"><h2>{page.text(section.heading)}</h2>'
-        f'<div class="plot" data-figure="{section.name}" style="min-height:{height}px"></div>'
+        f'<div class="scroll"><div class="plot" data-figure="{section.name}" style="min-height:{height}px"></div></div>'
         f'<figcaption><span class="caption">{page.text(caption)}</span>'
         f' <button type="button" class="download" data-table="{section.name}"{"" if figure else " disabled"}>'
         f"Download data (CSV)</button></figcaption></figure>\n"
@@ -197,165 +238,6 @@ def _left_out(left: Sequence[Left]) -> str:
         return ""
     items = "".join(f"<li>{page.text(item.heading)}: {page.text(item.reason)}</li>" for item in left)
     return f'<section class="left"><h2>Left out</h2><ul>{items}</ul></section>'
-
-
-def _correlation_table(view: View, state: Mapping[str, str]) -> str:
-    result = view.result
-    heading = f"<section{controls.only(view.of, state)}><h2>Correlations</h2>"
-    if result is None:
-        return f"{heading}<p>No correlation: {page.text(view.reason)}</p></section>"
-    rows = []
-    for name, one in sorted(
-        result.measures.items(), key=lambda item: -(item[1].tau if item[1].tau is not None else -2)
-    ):
-        rows.append(_correlation_row(name, one))
-    rows += [_correlation_row(f"{name} (control)", one) for name, one in result.controls.items()]
-    header = [
-        "measure",
-        "Kendall τ",
-        "95 % interval",
-        "n",
-        "configurations",
-        "τ over rows",
-        "Spearman",
-        "Pearson",
-        "partial",
-        "95 % interval",
-        "sign changes",
-        "Ψ",
-        "CMI",
-        "q",
-    ]
-    dropped = "; ".join(f"{reason} ({count})" for reason, count in result.dropped.items())
-    how = "τ, Spearman and Pearson on seed means" if view.seeds == "means" else "τ over models, without intervals"
-    notes = [f"Target: {result.target}. {how}; partial: rank correlation given {', '.join(result.axes) or 'nothing'}."]
-    notes += [f"Left out: {dropped}."] if dropped else []
-    notes += [f"{note}." for note in result.notes]
-    note = f'<p class="note">{page.text(" ".join(notes))}</p>'
-    return f"{heading}{page.table(header, rows, kind='numbers')}{note}</section>"
-
-
-def _correlation_row(name: str, one: MeasureCorrelation) -> tuple[object, ...]:
-    def number(value: float | None) -> str | None:
-        return None if value is None else f"{value:.3f}"
-
-    def interval(low: float | None, high: float | None) -> str | None:
-        return None if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
-
-    return (
-        name,
-        number(one.tau),
-        interval(one.tau_low, one.tau_high),
-        one.n,
-        one.n_configs,
-        *map(number, (one.tau_rows, one.spearman, one.pearson, one.partial)),
-        interval(one.partial_low, one.partial_high),
-        None if one.sign_flip is None else "yes" if one.sign_flip else "no",
-        *map(number, (one.psi_mean, one.cmi, one.q)),
-    )
-
-
-def _published(compared: pd.DataFrame, models: pd.DataFrame) -> str:
-    """The published numbers with ours, where the study has any; nothing else."""
-    heading = f'<section id="published"><h2>{page.text(sections.PUBLISHED)}</h2>'
-    if published.small_twin(models):
-        return f"{heading}<p>Small twin: not comparable with the published numbers.</p></section>"
-    if compared.empty:
-        return ""
-    known = compared[compared["ours"].notna()]
-    notes: dict[str, int] = {}
-    rows = [_published_row(row, notes) for row in known.to_dict("records")]
-    header = [
-        "quantity",
-        "settings",
-        "as printed",
-        "theirs",
-        "n",
-        "ours",
-        "sd",
-        "n",
-        "ours − theirs",
-        "standard errors",
-    ]
-    table = page.table([*header, "notes"], rows) if rows else ""
-    listed = "".join(f"<li>{page.text(note)}</li>" for note in notes)
-    said = "Accuracies are fractions, losses nats; sd is a sample deviation over models."
-    reasons = compared.loc[compared["ours"].isna(), "missing"].value_counts()
-    rest = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
-    said += f" Published numbers without one of ours: {rest}." if rest else ""
-    return f'{heading}{table}<p class="note">{page.text(said)}</p><ol class="note">{listed}</ol></section>'
-
-
-def _published_row(row: Mapping[Hashable, Any], notes: dict[str, int]) -> tuple[object, ...]:
-    """One row of the table; what is said of it gets the number that it has in `notes`, or the next one."""
-    said = filter(None, [*row["conventions"].split("; "), row["source"]])
-    error = row["standard_errors"]
-    return (
-        row["quantity"] if frames.is_null(row["epoch"]) else f"{row['quantity']}, epoch {row['epoch']}",
-        published.in_words(row["settings"]),
-        row["printed"],
-        row["value"],
-        row["n"],
-        row["ours"],
-        row["ours_sd"],
-        row["ours_n"],
-        row["difference"],
-        None if frames.is_null(error) else f"{error:+.1f}",
-        ", ".join(str(notes.setdefault(note, len(notes) + 1)) for note in said),
-    )
-
-
-def _tuned(models: pd.DataFrame) -> str:
-    """Every optimizer at the point that held-out examples choose, where there is something to choose; else nothing."""
-    chosen = tuned(models)
-    if chosen.empty:
-        return ""
-    note = (
-        "Of the points of each optimizer, the one with the highest mean val_acc over seeds; of equal ones the lower "
-        "val_loss. test_acc is its mean over n seeds, test_se the standard error. The test set chooses nothing."
-    )
-    if chosen["points"].nunique() > 1:
-        note += " The budgets are not equal: some optimizers have other numbers of points."
-    table = page.table(list(chosen.columns), chosen.itertuples(index=False), kind="numbers")
-    heading = '<section id="tuned"><h2>Optimizers at an equal budget</h2>'
-    return f'{heading}{table}<p class="note">{page.text(note)}</p></section>'
-
-
-def _model_table(models: pd.DataFrame, sharpness: pd.DataFrame) -> str:
-    table = frames.wide(models, sharpness)
-    labels = frames.labels(sharpness)
-    seeds = [name for name in frames.SEED_COLUMNS if name in models.columns and models[name].nunique() > 1]
-    # A seed of one stream is `seed` unless it was given; only then it tells something.
-    seeds = [name for name in seeds if name == "seed" or "seed" not in seeds or not models[name].equals(models["seed"])]
-    chosen = [
-        "model_id",
-        *frames.varying(models),
-        *seeds,
-        *[name for name in _LISTED if name in models],
-        *labels,
-    ]
-    rows = table[list(dict.fromkeys(chosen))]
-    return (
-        '<section id="models"><h2>Models</h2>'
-        '<div class="tools"><label>Filter <input type="search" id="filter" '
-        'placeholder="width=8 test_acc>0.9 diverged" autocomplete="off" spellcheck="false"></label>'
-        '<span id="count" role="status"></span>'
-        '<button type="button" class="download" data-table="models">Download data (CSV)</button></div>'
-        '<div class="scroll"><table id="model-table" class="numbers"></table></div>'
-        '<div class="pager"><button type="button" id="previous">Previous</button>'
-        '<span id="page"></span><button type="button" id="next">Next</button></div></section>\n'
-        f"{page.embed_frame('data-models', rows)}"
-    )
-
-
-def _settings(study: Mapping[str, object], models: pd.DataFrame) -> str:
-    axes = set(frames.varying(models)) | frames.RESULT_COLUMNS | set(frames.SEED_COLUMNS)
-    fixed = [(column, models[column].iloc[0]) for column in models.columns if column not in axes]
-    rows = [(axis, frames.ordered(models[axis])) for axis in frames.varying(models)]
-    asked = [(key, study[key]) for key in ("seeds", "measures") if study.get(key)]
-    rows += [(name, value) for name, value in [*asked, *fixed] if page.text(value) != "–"]
-    table = page.table(["setting", "value"], rows)
-    return f"<section><details><summary>Settings</summary>{table}</details></section>"
 
 
 def _footer(facts: dict[str, list[str]], models: pd.DataFrame) -> str:

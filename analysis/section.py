@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from flatmin.analysis import frames
+from flatmin.analysis.axes import independent
 from flatmin.analysis.panels import Drawn
 
 MAIN_AXES = ("width", "label_noise", "data_noise")
@@ -87,7 +88,7 @@ def main_axis(models: pd.DataFrame) -> str | None:
         Width, label noise or data noise, else any numeric setting, with at least `FEWEST_VALUES` values;
         None where there is none.
     """
-    axes = frames.varying(models)
+    axes = independent(models)
     ranked = [axis for axis in MAIN_AXES if axis in axes] + [axis for axis in axes if axis not in MAIN_AXES]
     for axis in ranked:
         if curve_axis(models, axis):
@@ -112,7 +113,7 @@ def line_axis(models: pd.DataFrame, main: str | None) -> str | None:
         models: Rows of the `models/` table.
         main: The setting on the x axis; None: none is.
     """
-    axes = [axis for axis in frames.varying(models) if axis != main]
+    axes = [axis for axis in independent(models) if axis != main]
     named = ("label_noise", "data_noise", "optimizer", "network", "dataset")
     for axis in [axis for axis in named if axis in axes]:
         if models[axis].notna().all():
@@ -126,7 +127,7 @@ def axes_of(models: pd.DataFrame) -> list[str]:
     Args:
         models: Rows of the `models/` table.
     """
-    axes = frames.varying(models)
+    axes = independent(models)
     first = main_axis(models) or line_axis(models, None)
     return [first, *[axis for axis in axes if axis != first]] if first else axes
 
@@ -165,7 +166,7 @@ def pooled(models: pd.DataFrame, used: Sequence[str | None]) -> str:
         models: Rows of the `models/` table.
         used: The settings that are drawn.
     """
-    others = [axis for axis in frames.varying(models) if axis not in used]
+    others = [axis for axis in independent(models) if axis not in used]
     return "over seeds" + (f" and, pooled, over {', '.join(others)}" if others else "")
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from flatmin.analysis import frames, sections_curves, sections_measures, sections_models
+from flatmin.analysis import frames, sections_curves, sections_frequency, sections_measures, sections_models
 from flatmin.analysis.choices import View
 from flatmin.analysis.figures import noise
+from flatmin.analysis.frequency import Curves
 from flatmin.analysis.section import Left, Missing, Section, Variant
 
 PUBLISHED = "Beside the published numbers"
@@ -22,6 +23,7 @@ def figures(
     *,
     target: str,
     spectra: pd.DataFrame | None = None,
+    waves: Sequence[Curves] = (),
     compared: pd.DataFrame | None = None,
     plan: pd.DataFrame | None = None,
     failures: pd.DataFrame | None = None,
@@ -34,6 +36,7 @@ def figures(
         sharpness: Rows of the `sharpness/` table; may be empty.
         target: The column that measures are compared with.
         spectra: Rows of the `spectra/` table; None or empty leave its figures out without a word.
+        waves: What `frequency.read` returned of it; empty leaves the figures of frequencies out without a word.
         compared: What `published.compare` returned; None or empty leave its figure out without a word.
         plan: Rows of the `plan/` table; None when unknown.
         failures: Rows of the `failures/` table; None when unknown.
@@ -69,6 +72,7 @@ def figures(
     ]
     if spectra is not None and len(spectra):
         made += sections_curves.sections(spectra, models, target)
+    made += sections_frequency.sections(waves, models, epochs)
     made += [
         _section(
             "training",
@@ -86,6 +90,13 @@ def figures(
             (one for view in once for one in sections_models.optimizer_comparison(view, compared)),
         ),
     ]
+    made.append(
+        _section(
+            "optimizers-along",
+            "Optimizers along a setting",
+            (one for view in once for one in sections_models.optimizers_along_settings(view)),
+        )
+    )
     if compared is not None and len(compared):
         made.append(_section("published", PUBLISHED, sections_models.beside_published(compared)))
     made += [

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from flatmin.analysis import panels
 from flatmin.analysis.choices import View
 from flatmin.analysis.conclusions import conclusions
-from flatmin.analysis.figures import correlations, cost, measures_over_epochs, noise, psi, scatter
-from flatmin.analysis.section import Missing, Variant, counted, lines_along, pooled, some_of
+from flatmin.analysis.figures import against_axis, correlations, cost, measures_over_epochs, noise, psi, scatter
+from flatmin.analysis.panels import Drawn
+from flatmin.analysis.section import Missing, Variant, axes_of, counted, lines_along, pooled, some_of
 
 _NO_MEASURE = "no measure was taken."
 
@@ -28,14 +28,20 @@ def against_gap(view: View, sharpness: pd.DataFrame, target: str) -> Iterator[Va
     whole = scatter.averaged(whole) if view.seeds == "means" else whole
     data = scatter.thinned(whole)
     caption = f"{counted(view.models)} {_points(view, whole, data)}"
-    yield from _each(caption, scatter.draw(data), data, sorted(data["measure"].unique()), view.of)
+    labels = sorted(data["measure"].unique())
+    drawn = panels.drawn(scatter.draw(data))
+    yield from _each(caption, drawn, data, labels, view.of | {"split": ""})
+    for axis in axes_of(view.models):
+        if axis not in scatter.settings_of(data):
+            yield Missing(f"{axis} has one value among these models.", view.of | {"split": axis})
+            continue
+        split = scatter.split(drawn, data, axis)
+        said = caption + some_of(view.models, axis, scatter.MOST_COLUMNS)
+        yield from _each(said, split, data, labels, view.of | {"split": axis})
 
 
-def _each(
-    caption: str, figure: go.Figure, data: pd.DataFrame, labels: list[str], of: dict[str, str]
-) -> Iterator[Variant]:
+def _each(caption: str, whole: Drawn, data: pd.DataFrame, labels: list[str], of: dict[str, str]) -> Iterator[Variant]:
     """The figure of all measures, and that of each."""
-    whole = panels.drawn(figure)
     yield Variant(caption, whole, data, of=of | {"measure": ""})
     for label in labels:
         yield Variant(caption, panels.alone(whole, label), data, of=of | {"measure": label})
@@ -118,24 +124,29 @@ def under_way(view: View, sharpness: pd.DataFrame) -> Iterator[Variant | Missing
             f"{some_of(models, axis, measures_over_epochs.MOST_LINES)} Models that stopped early have no value after "
             "their end. Look for when the lines part."
         )
-        yield from _each(caption, measures_over_epochs.draw(data), data, sorted(data["measure"].unique()), of)
+        yield from _each(
+            caption, panels.drawn(measures_over_epochs.draw(data)), data, sorted(data["measure"].unique()), of
+        )
 
 
 def noise_sweep(view: View, sharpness: pd.DataFrame, target: str, axis: str) -> Iterator[Variant | Missing]:
-    """Yield the target and the measures against the level of a noise."""
-    of = {"filter": view.filter}
-    data = noise.data(view.models, sharpness, axis=axis, target=target)
-    if data.empty:
-        yield Missing("no model that counts has a result.", of)
-        return
-    labels = list(data.loc[data["kind"] == "measure", "quantity"].unique())
-    caption = (
-        f"{counted(view.models)} Means {pooled(view.models, (axis,))}; band: lowest to highest model. Each measure is "
-        "scaled so that its least mean is 0 and its greatest 1. τ: Kendall τ-b along the axis, within equal "
-        f"other settings, with the level and with {target}. These are two questions: "
-        "a measure may follow the noise and not the gap."
-    )
-    yield from _each(caption, noise.draw(data), data, labels, of)
+    """Yield the target and the measures against the level of a noise, with lines along every other setting."""
+    models = view.models
+    for along in axes_of(models):
+        of = {"filter": view.filter, "axis": along}
+        by = None if along == axis else along
+        data = noise.data(models, sharpness, axis=axis, target=target, by=by)
+        if data.empty:
+            yield Missing("no model that counts has a result.", of)
+            continue
+        labels = list(data.loc[data["kind"] == "measure", "quantity"].unique())
+        caption = (
+            f"{counted(models)} Means {pooled(models, (axis, by))}; band: lowest to highest model. Each measure is "
+            "scaled so that its least mean is 0 and its greatest 1. τ: Kendall τ-b along the axis, within equal "
+            f"other settings, with the level and with {target}. These are two questions: "
+            f"a measure may follow the noise and not the gap.{some_of(models, by, against_axis.MOST_LINES)}"
+        )
+        yield from _each(caption, panels.drawn(noise.draw(data)), data, labels, of)
 
 
 def costs(sharpness: pd.DataFrame) -> Iterator[Variant | Missing]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from flatmin.analysis import frames, panels, peak
+from flatmin.analysis import frames, panels, peak, sweeps
 from flatmin.analysis.choices import View
-from flatmin.analysis.figures import against_axis, coverage, optimizers, published, theme, training
+from flatmin.analysis.figures import against_axis, coverage, optimizers, optimizers_along, published, theme, training
 from flatmin.analysis.section import (
     FEWEST_VALUES,
     Missing,
@@ -55,9 +55,12 @@ def against(view: View, sharpness: pd.DataFrame) -> Iterator[Variant | Missing]:
 
 def _against(models: pd.DataFrame, data: pd.DataFrame, axis: str, by: str | None, of: dict[str, str]) -> Variant:
     error = data[data["quantity"].isin(["test_error", "test_loss"])]
-    findings = []
+    findings, peaks = [], []
     for value, curve in error.groupby("by_value", dropna=False, sort=False):
-        said = peak.sentence(curve)
+        said, found = peak.sentence(curve), _peak(models, curve)
+        if found.x_low is not None and found.height_low is not None and found.height_low > 0:
+            peaks.append(found)
+            said += f" {peak.interval_in_words(found, axis)}"
         findings.append(f"{by} {theme.format_value(value)}: {said}" if by and said else said)
     caption = (
         f"{counted(models)} Lines: mean {pooled(models, (axis, by))}. Bands: lowest to highest model. Look "
@@ -65,7 +68,20 @@ def _against(models: pd.DataFrame, data: pd.DataFrame, axis: str, by: str | None
         "for whether the measures turn there too."
     )
     caption += some_of(models, by, against_axis.MOST_LINES)
-    return Variant(caption, panels.drawn(against_axis.draw(data)), data, tuple(filter(None, findings)), of)
+    if peaks:
+        caption += " Grey stripes: 95 % interval of the place of the peak of the mean curve, by resampling seeds."
+    return Variant(caption, panels.drawn(against_axis.draw(data, peaks)), data, tuple(filter(None, findings)), of)
+
+
+def _peak(models: pd.DataFrame, curve: pd.DataFrame) -> peak.SeedPeak:
+    """The peak of one line of the test error or loss, with its interval over seeds, where these are known."""
+    first = curve.iloc[0]
+    of = pd.Series(True, index=models.index)
+    if isinstance(first["by"], str):
+        of = models[first["by"]] == first["by_value"]
+    if "seed" not in models.columns:
+        return peak.peak_over_seeds(pd.DataFrame({0: curve.set_index("x")["mean"]}))
+    return peak.peak_over_seeds(sweeps.curves(models, str(first["quantity"]), axis=str(first["axis"]), of=of))
 
 
 def training_curves(view: View, epochs: pd.DataFrame) -> Iterator[Variant | Missing]:
@@ -110,6 +126,28 @@ def optimizer_comparison(view: View, compared: pd.DataFrame | None) -> Iterator[
     if count > optimizers.MOST_LINES:
         caption += f" Of {count} configurations, the best {optimizers.MOST_LINES} are drawn; the data has all."
     yield Variant(caption, panels.drawn(optimizers.draw(data)), data, of=of)
+
+
+def optimizers_along_settings(view: View) -> Iterator[Variant | Missing]:
+    """Yield every optimizer's test accuracy along every other setting."""
+    if "optimizer" not in view.models.columns or view.models["optimizer"].nunique() < 2:
+        yield Missing("there is one optimizer.")
+        return
+    for axis in axes_of(view.models):
+        of = {"filter": view.filter, "axis": axis}
+        if axis == "optimizer":
+            yield Missing("it is along another setting than the optimizer; choose one above.", of)
+            continue
+        data = optimizers_along.data(view.models, axis=axis)
+        if data.empty or data["mean"].isna().all():
+            yield Missing("no model that counts has a test result.", of)
+            continue
+        caption = (
+            f"{counted(view.models)} Points: mean {pooled(view.models, ('optimizer', axis))}; bars: 95 % interval of "
+            "that mean by Student's t. At the last weights."
+        )
+        caption += some_of(view.models, "optimizer", optimizers_along.MOST_LINES)
+        yield Variant(caption, panels.drawn(optimizers_along.draw(data)), data, of=of)
 
 
 def grid(view: View, plan: pd.DataFrame | None, failures: pd.DataFrame | None) -> Iterator[Variant | Missing]:

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from flatmin.analysis import configurations, frames
+from flatmin.analysis.axes import independent
 from flatmin.analysis.configurations import Floats
 
 
@@ -165,7 +166,7 @@ def _counted(
     frames.check_columns(models, [*columns, *(axes or ())], role="optimizer table")
     table = models[frames.kept(models)].reset_index(drop=True)
     left_out = {seed_column, *frames.SEED_COLUMNS}
-    names = frames.varying(table, exclude={*columns, *left_out}) if axes is None else axes
+    names = independent(table, exclude={*columns, *left_out}) if axes is None else axes
     return table, [name for name in names if name not in left_out]
 
 

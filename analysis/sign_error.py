@@ -1,6 +1,7 @@
 r"""Sign error: how often a measure orders two models wrongly that differ in one axis, on average and at worst.
 
-An environment is an ordered pair of configurations that differ in one axis only. Its error is the weighted mean over
+An environment is an ordered pair of configurations that differ in one axis only (and in settings that one lacks because
+of it, as an optimizer without `rho` does). Its error is the weighted mean over
 all pairs of their seeds:
 
 .. math:: \sum_{ij} w_{ij} \frac{1 - \mathrm{sign}(x_i - x_j)\,\mathrm{sign}(y_i - y_j)}{2} \Big/ \sum_{ij} w_{ij},
@@ -114,8 +115,8 @@ def environments(
     if test_examples is None and seeds.shape[1] ** 2 < least_effective:
         least_effective = 0.0
     return [
-        _environments(axis, configurations.groups(place), seeds, target, test_examples, least_effective)
-        for place, axis in enumerate(configurations.axes)
+        _environments(configurations, place, seeds, target, test_examples, least_effective)
+        for place in range(len(configurations.axes))
     ]
 
 
@@ -132,9 +133,16 @@ def sign_errors(found: Sequence[Environments], values: Floats) -> tuple[SignErro
 
 
 def _environments(
-    axis: str, groups: list[Ints], seeds: Ints, target: Floats, test_examples: int | None, least_effective: float
+    configurations: Configurations,
+    axis: int,
+    seeds: Ints,
+    target: Floats,
+    test_examples: int | None,
+    least_effective: float,
 ) -> Environments:
-    pairs, sampled = _pairs(groups, _MOST_PAIRS // max(1, seeds.shape[1] ** 2))
+    most = _MOST_PAIRS // max(1, seeds.shape[1] ** 2)
+    own = bool(configurations.own(axis))
+    pairs, sampled = _some(configurations.pairs(axis), most) if own else _pairs(configurations.groups(axis), most)
     first, second = seeds[pairs[:, 0]], seeds[pairs[:, 1]]
     difference = target[first][:, :, None] - target[second][:, None, :]
     there = (first >= 0)[:, :, None] & (second >= 0)[:, None, :]
@@ -144,7 +152,7 @@ def _environments(
     effective = np.divide(total**2, squares, out=np.zeros(len(pairs)), where=squares > 0)
     counts: Bools = (effective > 0) & ((effective > least_effective) | np.isclose(effective, least_effective))
     sign = np.sign(difference[counts]).astype(np.int8)
-    return Environments(axis, first[counts], second[counts], sign, weight[counts], sampled)
+    return Environments(configurations.axes[axis], first[counts], second[counts], sign, weight[counts], sampled)
 
 
 def _pairs(groups: list[Ints], most: int) -> tuple[Ints, bool]:
@@ -164,6 +172,14 @@ def _pairs(groups: list[Ints], most: int) -> tuple[Ints, bool]:
         which = group[rng.integers(count, size=share)]
         parts.append(np.stack([which[np.arange(share), i], which[np.arange(share), j]], axis=1))
     return np.concatenate(parts), True
+
+
+def _some(groups: list[tuple[Ints, Ints]], most: int) -> tuple[Ints, bool]:
+    """The pairs of all groups; where there are too many, a random part of them."""
+    pairs = np.concatenate([np.empty((0, 2), dtype=np.int64), *(np.stack(group, axis=1) for group in groups)])
+    if len(pairs) <= most:
+        return pairs, False
+    return pairs[np.random.default_rng(0).choice(len(pairs), most, replace=False)], True
 
 
 def _all_pairs(groups: list[Ints]) -> Iterator[Ints]:

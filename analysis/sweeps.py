@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from flatmin.analysis import configurations, frames
+from flatmin.analysis.axes import independent
 from flatmin.analysis.configurations import Floats
 from flatmin.analysis.granulated import Psi, granulated
 
@@ -56,7 +57,7 @@ def along(
     table = table[frames.kept(table)].reset_index(drop=True)
     goal = _goal(table, target)
     left_out = {seed_column, *frames.SEED_COLUMNS}
-    known = frames.varying(table, exclude={target, *names, *left_out}) if axes is None else axes
+    known = independent(table, exclude={target, *names, *left_out}) if axes is None else axes
     settings = [name for name in dict.fromkeys([*known, axis]) if name not in left_out]
     level = frames.numeric(table, axis, role="axis")
     whole = configurations.of(table, settings, repeated=True)

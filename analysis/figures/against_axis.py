@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 
 from flatmin.analysis import frames
 from flatmin.analysis.figures import theme
+from flatmin.analysis.peak import SeedPeak
 
 MOST_LINES = 6
 """More lines per quantity than this cannot be told apart."""
@@ -87,11 +88,12 @@ def _scores(table: pd.DataFrame) -> dict[str, np.ndarray]:
     return {}
 
 
-def draw(data: pd.DataFrame) -> go.Figure:
+def draw(data: pd.DataFrame, peaks: Sequence[SeedPeak] = ()) -> go.Figure:
     """Draw errors on the top panel and each measure on a panel below, all with the same x axis.
 
     Args:
         data: What `data` returned, with at least one row.
+        peaks: Peaks of the test error with intervals; those of their places are stripes.
 
     Returns:
         The figure.
@@ -117,6 +119,10 @@ def draw(data: pd.DataFrame) -> go.Figure:
     if scale == "log":
         figure.update_xaxes(**theme.ticks(data["x"]) or theme.log_ticks(data["x"]))
     figure.update_xaxes(title_text=theme.title(str(data["axis"].iloc[0])), row=len(panels))
+    for one in peaks if len(scores) else ():
+        stripe = {"fillcolor": "rgba(95,107,122,0.15)", "line_width": 0, "layer": "below"}
+        figure.add_vrect(x0=one.x_low, x1=one.x_high, **stripe, row=1, col=1)
+        figure.add_vline(x=one.x, line={"color": theme.GREY, "width": 1, "dash": "dot"}, row=1, col=1)
     return theme.layout(figure, height=170 + int(125 * sum(heights)))
 
 

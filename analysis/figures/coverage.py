@@ -9,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flatmin.analysis import frames
+from flatmin.analysis import configurations, frames
+from flatmin.analysis.axes import independent
 from flatmin.analysis.figures import theme
 
 MOST_AXES = 8
@@ -41,7 +42,8 @@ def data(
         failures: Rows of the `failures/` table, or None.
 
     Returns:
-        One row per axis, value and outcome (`OUTCOMES`) that occurs, with `n` models. Without an axis, one of `all`.
+        One row per axis, value and outcome (`OUTCOMES`) that occurs, with `n` models: of a setting that some optimizers
+        only have, the models that have it. Without an axis, one of `all`.
     """
     status = models["status"] if "status" in models.columns else pd.Series("finished", index=models.index)
     whole = models.assign(outcome=status.where(status.isin(OUTCOMES), "finished"))
@@ -51,14 +53,23 @@ def data(
         words = np.where(missing["model_id"].isin(tried), "attempt failed", "not trained")
         settings = [column for column in missing.columns if column in whole.columns]
         whole = pd.concat([whole, missing[settings].assign(outcome=words)]) if len(missing) else whole
+    axes = independent(whole, exclude={"outcome"})
+    found = configurations.of(whole, axes, repeated=True)
     rows = []
-    for axis in frames.varying(whole, exclude={"outcome"}) or ["all"]:
-        values = frames.hashable(whole[axis]) if axis in whole.columns else pd.Series("all models", index=whole.index)
-        for value in frames.ordered(values):
-            here = whole["outcome"][values.isna() if value is None else values == value]
-            counts = here.value_counts()
-            rows += [[axis, value, name, int(counts[name])] for name in OUTCOMES if name in counts]
+    for place, axis in enumerate(axes):
+        having = whole[found.having(place)[found.rows]]
+        rows += _counts(axis, frames.hashable(having[axis]), having["outcome"])
+    if not axes:
+        rows = _counts("all", pd.Series("all models", index=whole.index), whole["outcome"])
     return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def _counts(axis: str, values: pd.Series, outcomes: pd.Series) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for value in frames.ordered(values):
+        counts = outcomes[values.isna() if value is None else values == value].value_counts()
+        rows += [[axis, value, name, int(counts[name])] for name in OUTCOMES if name in counts]
+    return rows
 
 
 def draw(data: pd.DataFrame) -> go.Figure:

@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from flatmin.analysis import frames
-from flatmin.analysis.figures import theme
+from flatmin.analysis.figures import lines, theme
 
 MOST_LINES = 8
 MOST_EPOCHS = 80
@@ -45,13 +45,8 @@ def data(
         RequestError: A column is missing or not numeric.
     """
     frames.check_columns(sharpness, ["model_id", "label", "value", "epoch"], role="sharpness table")
-    frames.check_columns(models, ["model_id", *([axis] if axis else [])], role="figure")
-    table = models[frames.kept(models)]
-    value = frames.hashable(table[axis]) if axis else pd.Series("all models", index=table.index)
-    keys = [key for key in ("model_id", "trial_id") if key in sharpness.columns and key in table.columns]
-    owners = table[keys].assign(setting=value)
-    if axis:
-        owners = owners[owners["setting"].isin(frames.spread(frames.ordered(table[axis]), MOST_LINES))]
+    owners = lines.owners(models, sharpness, axis, MOST_LINES).rename(columns={"line": "setting"})
+    keys = [name for name in owners.columns if name != "setting"]
     rows = sharpness[[*keys, "label", "epoch"]].assign(amount=frames.numeric(sharpness, "value", role="figure"))
     rows = rows.dropna(subset=["amount", "epoch"]).merge(owners, on=keys)
     # the last epoch of models that stop at different times is no course of any of them

@@ -7,6 +7,7 @@ differ, stands beside it (Bisla et al. 2022, figures of label and data noise). S
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -18,11 +19,14 @@ from flatmin.analysis.figures import against_axis, theme
 LEVELS = ("label_noise", "data_noise")
 """The settings that are levels of noise."""
 
-_COLUMNS = ["axis", "quantity", "kind", "x", "mean", "low", "high", "std", "n", "scaled", "tau_level", "tau_target"]
+_COLUMNS = ["axis", "by", "by_value", "quantity", "kind", "x", "mean", "low", "high", "std", "n"]
+_OF_QUANTITY = ["scaled", "tau_level", "tau_target"]
 _HOVER = "%{x}: %{customdata[0]:.4g} (%{customdata[1]:.4g} to %{customdata[2]:.4g}, n = %{customdata[3]})"
 
 
-def data(models: pd.DataFrame, sharpness: pd.DataFrame, *, axis: str, target: str = "gen_gap") -> pd.DataFrame:
+def data(
+    models: pd.DataFrame, sharpness: pd.DataFrame, *, axis: str, target: str = "gen_gap", by: str | None = None
+) -> pd.DataFrame:
     """Average the target and every measure at each level of noise.
 
     Args:
@@ -30,18 +34,19 @@ def data(models: pd.DataFrame, sharpness: pd.DataFrame, *, axis: str, target: st
         sharpness: Rows of the `sharpness/` table; may be empty.
         axis: The level: `label_noise` or `data_noise`.
         target: The column that measures are compared with.
+        by: A setting that makes further lines, as in `against_axis`; None: one line per quantity.
 
     Returns:
-        One row per quantity (`kind` is `target` or `measure`) and level `x`: `mean`, `low`, `high`, `std` over `n`
-        models; `scaled`, the mean as a part of the way from the least to the greatest mean, null for a constant;
-        `tau_level` and `tau_target`, Kendall's tau-b along the axis within the others, the same in all rows of a
-        quantity.
+        One row per quantity (`kind` is `target` or `measure`), `by_value` and level `x`: `mean`, `low`, `high`, `std`
+        over `n` models; `scaled`, the mean as a part of the way from the least to the greatest mean, null for a
+        constant; `tau_level` and `tau_target`, Kendall's tau-b along the axis within the others, the same in all rows
+        of a quantity.
 
     Raises:
         RequestError: A column is missing or not numeric.
     """
     names = [target, *frames.labels(sharpness)]
-    rows = against_axis.data(models, sharpness, axis=axis, measures=names)
+    rows = against_axis.data(models, sharpness, axis=axis, by=by, measures=names)
     rows = rows[rows["quantity"].isin(names) & (rows["kind"] == "measure")]
     rows = rows.assign(kind=rows["quantity"].map(lambda name: "target" if name == target else "measure"))
     means = rows.groupby("quantity", sort=False)["mean"]
@@ -49,7 +54,7 @@ def data(models: pd.DataFrame, sharpness: pd.DataFrame, *, axis: str, target: st
     scaled = ((rows["mean"] - least) / (most - least)).where(most > least)
     taus = sweeps.along(models, sharpness, axis=axis, target=target).set_index("measure")
     beside = {name: rows["quantity"].map(taus[name]) for name in ("tau_level", "tau_target")}
-    return rows.assign(scaled=scaled, **beside)[_COLUMNS].reset_index(drop=True)
+    return rows.assign(scaled=scaled, **beside)[[*_COLUMNS, *_OF_QUANTITY]].reset_index(drop=True)
 
 
 def draw(data: pd.DataFrame) -> go.Figure:
@@ -68,18 +73,29 @@ def draw(data: pd.DataFrame) -> go.Figure:
     titles = [theme.title(target).split(",")[0], "measures, scaled to [0, 1]"][:columns]
     figure = make_subplots(cols=columns, horizontal_spacing=0.1, subplot_titles=titles)
     edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
-    figure.add_scatter(x=goal["x"], y=goal["high"], **edge, row=1, col=1)
-    fill = {"fill": "tonexty", "fillcolor": theme.transparent(theme.VERMILLION, 0.18)}
-    figure.add_scatter(x=goal["x"], y=goal["low"], **fill, **edge, row=1, col=1)
-    figure.add_trace(_line(goal, "mean", theme.VERMILLION, "solid", target), row=1, col=1)
+    for colour, words, part in _by_value(goal, theme.VERMILLION):
+        figure.add_scatter(x=part["x"], y=part["high"], **edge, row=1, col=1)
+        fill = {"fill": "tonexty", "fillcolor": theme.transparent(colour, 0.18)}
+        figure.add_scatter(x=part["x"], y=part["low"], **fill, **edge, row=1, col=1)
+        figure.add_trace(_line(part, "mean", colour, "solid", f"{target}{words}"), row=1, col=1)
     for rank, name in enumerate(names):
-        part = measures[measures["quantity"] == name]
-        level, gap = (theme.format_tau(part[column].iloc[0]) for column in ("tau_level", "tau_target"))
-        words = f"{name}: τ {level} with level, {gap} with {target}"
-        line = _line(part, "scaled", theme.colour(name, names), theme.DASHES[rank % 6], words).update(meta=name)
-        figure.add_trace(line, row=1, col=2)
+        of_measure = measures[measures["quantity"] == name]
+        level, gap = (theme.format_tau(of_measure[column].iloc[0]) for column in ("tau_level", "tau_target"))
+        said = f"{name}: τ {level} with level, {gap} with {target}"
+        for place, (colour, words, part) in enumerate(_by_value(of_measure, theme.colour(name, names))):
+            line = _line(part, "scaled", colour, theme.DASHES[rank % 6], said if place == 0 else f"{name}{words}")
+            figure.add_trace(line.update(meta=name, legendgroup=name, showlegend=place == 0), row=1, col=2)
     figure.update_xaxes(title_text=theme.title(str(data["axis"].iloc[0])).split(" (")[0])
     return theme.layout(figure, height=430)
+
+
+def _by_value(rows: pd.DataFrame, base: str) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield colour, words and rows of every line of a quantity."""
+    groups = list(rows.groupby("by_value", dropna=False, sort=False))
+    for rank, (value, part) in enumerate(groups):
+        by = part["by"].iloc[0]
+        words = f", {by} {theme.format_value(value)}" if isinstance(by, str) else ""
+        yield theme.shade(base, rank, len(groups)), words, part
 
 
 def _line(rows: pd.DataFrame, column: str, colour: str, dash: str, words: str) -> go.Scatter:

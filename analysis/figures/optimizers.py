@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from flatmin.analysis import frames, seeds
+from flatmin.analysis.axes import independent
 from flatmin.analysis.figures import theme
 
 MOST_LINES = 40
@@ -28,17 +29,20 @@ def data(models: pd.DataFrame, compared: pd.DataFrame | None = None) -> pd.DataF
         compared: What `published.compare` returned, or None.
 
     Returns:
-        One row per configuration and quantity, the best mean of the last epoch first: `configuration` in words, the
-        axes, `quantity`, `epoch` (`last` or `best on test`), `n`, `mean`, `sd`, `se`, `low`, `high` (95 %, Student's t;
-        null for one seed), `published` and `published_stderr`, null where nothing is published of it.
+        One row per configuration and quantity, the best mean of the last epoch first: `configuration` in words (its
+        axes), the settings that vary, `quantity`, `epoch` (`last` or `best on test`), `n`, `mean`, `sd`, `se`, `low`,
+        `high` (95 %, Student's t; null for one seed), `published` and `published_stderr`, null where nothing is
+        published of it.
 
     Raises:
         RequestError: A column is not numeric.
     """
     known = [name for name in _LAST_AND_BEST if name in models.columns and models[name].notna().any()]
-    table = seeds.over_seeds(models, known or ["test_loss"])
-    axes = [str(column) for column in table.columns if column not in ("quantity", "epoch", *_FIELDS)]
-    words = [_words(row, axes) for row in table.to_dict("records")]
+    ended = models[frames.kept(models)]
+    axes = frames.varying(ended)
+    table = seeds.over_seeds(ended, known or ["test_loss"], axes=axes)
+    shown = independent(ended)
+    words = [_words(row, shown) for row in table.to_dict("records")]
     table.insert(0, "configuration", words)
     ours = [_published(row, axes, compared) for row in table.to_dict("records")]
     table["published"] = [value for value, _ in ours]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flatmin.analysis import frames
+from flatmin.analysis.axes import independent
 from flatmin.analysis.figures import theme
+from flatmin.analysis.panels import Drawn
 
 MOST_ERROR_BARS = 1000
 """Points of a panel above which error bars are left away: they would only make the page slow and black."""
@@ -19,7 +23,11 @@ MOST_ERROR_BARS = 1000
 MOST_POINTS = 2500
 """Points of the whole figure; of more models, some stand for all, the same ones in every panel."""
 
+MOST_COLUMNS = 4
+"""Values of a setting that have a panel of their own."""
+
 _FIXED = ["model_id", "measure", "value", "stderr", "target", "target_value"]
+_NO_SETTINGS = [*_FIXED, "models"]
 
 
 def data(
@@ -47,7 +55,7 @@ def data(
     """
     frames.check_columns(models, ["model_id", target], role="target")
     if axes is None:
-        axes = [*frames.varying(models), *[name for name in ("seed",) if name in models.columns]]
+        axes = [*independent(models), *[name for name in ("seed",) if name in models.columns]]
     frames.check_columns(models, axes, role="axis")
     rows = frames.final(models, sharpness)
     keys = [key for key in ("model_id", "trial_id") if key in rows.columns and key in models.columns]
@@ -93,13 +101,17 @@ def thinned(data: pd.DataFrame) -> pd.DataFrame:
         Some of the rows; a model or configuration that is kept is kept for every measure.
     """
     most = max(2, MOST_POINTS // max(1, data["measure"].nunique()))
-    settings = [column for column in data.columns if column not in (*_FIXED, "models")]
-    keys = ["model_id"] if "model_id" in data.columns else settings
+    keys = _points_of(data)
     if not keys:
         return data
     point = data.groupby(keys, dropna=False, sort=True).ngroup()
     order = data.assign(_point=point).groupby("_point")["target_value"].first().sort_values(kind="stable").index
     return data[point.isin(frames.spread(list(order), most))].reset_index(drop=True)
+
+
+def _points_of(data: pd.DataFrame) -> list[str]:
+    """The columns that tell one point of a panel from another: the model, or the settings of a configuration."""
+    return ["model_id"] if "model_id" in data.columns else [name for name in data.columns if name not in _NO_SETTINGS]
 
 
 def has_bars(data: pd.DataFrame) -> bool:
@@ -112,6 +124,15 @@ def has_bars(data: pd.DataFrame) -> bool:
     return bool(few and data["stderr"].notna().any())
 
 
+def settings_of(data: pd.DataFrame) -> list[str]:
+    """Name the settings that the points of a figure may be coloured or split by.
+
+    Args:
+        data: What `data`, `averaged` or `thinned` returned.
+    """
+    return [name for name in data.columns if name not in _NO_SETTINGS and data[name].nunique(dropna=False) > 1]
+
+
 def draw(data: pd.DataFrame) -> go.Figure:
     """Draw one panel per measure, coloured by a setting that the reader chooses.
 
@@ -119,14 +140,10 @@ def draw(data: pd.DataFrame) -> go.Figure:
         data: What `data`, `averaged` or `thinned` returned, with at least one row.
 
     Returns:
-        The figure; a menu changes the colour when more than one setting varies.
+        The figure; buttons change the scales, and a menu the colour when more than one setting varies.
     """
     names = sorted(data["measure"].unique())
-    axes = [
-        column
-        for column in data.columns
-        if column not in (*_FIXED, "models") and data[column].nunique(dropna=False) > 1
-    ]
+    axes = settings_of(data)
     columns = min(2, len(names))
     rows = -(-len(names) // columns)
     figure = make_subplots(
@@ -140,14 +157,116 @@ def draw(data: pd.DataFrame) -> go.Figure:
     for place, name in enumerate(names):
         part = data[data["measure"] == name]
         figure.add_trace(_points(part, axes), row=place // columns + 1, col=place % columns + 1)
-        scale = theme.scale_of(part["value"])
-        ticks = theme.log_ticks(part["value"]) if scale == "log" else {"exponentformat": "power"}
-        figure.update_xaxes(**ticks, row=place // columns + 1, col=place % columns + 1)
+        figure.update_xaxes(**_fitted(part["value"]), row=place // columns + 1, col=place % columns + 1)
     figure.update_yaxes(title_text=_short(str(data["target"].iloc[0])), col=1)
     theme.layout(figure, height=90 + 290 * rows)
     if axes:
         _colours(figure, data, names, axes)
-    return figure
+    above = {"y": 1, "yanchor": "bottom", "pad": {"b": 26}}
+    scales = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", **above}
+    scales["buttons"] = scale_buttons(data, {name: [place + 1] for place, name in enumerate(names)})
+    figure.layout.updatemenus = [scales, *figure.layout.updatemenus]
+    return figure.update_layout(margin_t=110)
+
+
+def _fitted(values: pd.Series) -> dict[str, object]:
+    return theme.log_ticks(values) if theme.scale_of(values) == "log" else {"exponentformat": "power"}
+
+
+def scale_buttons(data: pd.DataFrame, panels: Mapping[str, Sequence[int]]) -> list[dict[str, object]]:
+    """Return the buttons that make axes linear or logarithmic; what is not above zero has no place on the latter.
+
+    Args:
+        data: What `data`, `averaged` or `thinned` returned, with at least one row.
+        panels: The numbers of the panels of every measure.
+
+    Returns:
+        Buttons of a plotly menu. The first one gives each measure the scale that its values ask for.
+    """
+    targets = data.drop_duplicates(_points_of(data) or None)["target_value"]
+    hidden = int((targets <= 0).sum())
+    kinds = [("fitted axes", None, "linear"), ("linear", "linear", "linear"), ("log measure", "log", "linear")]
+    if hidden < len(targets):
+        kinds.append((f"log both ({hidden} ≤ 0 hidden)" if hidden else "log both", "log", "log"))
+    buttons: list[dict[str, object]] = []
+    for label, measure, target in kinds:
+        changes: dict[str, object] = {}
+        for name, numbers in panels.items():
+            values = data.loc[data["measure"] == name, "value"]
+            # a measure that may be negative stays linear
+            scale = theme.scale_of(values, decades=0 if measure else 1) if measure != "linear" else "linear"
+            ticks = theme.log_ticks(values) if scale == "log" else {"type": "linear", "dtick": None}
+            for number in numbers:
+                suffix = "" if number == 1 else str(number)
+                changes |= {f"xaxis{suffix}.{key}": ticks[key] for key in ("type", "dtick")}
+                changes |= {f"xaxis{suffix}.autorange": True, f"yaxis{suffix}.autorange": True}
+                changes[f"yaxis{suffix}.type"] = target
+        buttons.append({"label": label, "method": "relayout", "args": [changes]})
+    return buttons
+
+
+def split(whole: Drawn, data: pd.DataFrame, axis: str) -> Drawn:
+    """Part the panel of every measure by the values of a setting.
+
+    Args:
+        whole: The figure of the same data, as plain data.
+        data: What `data`, `averaged` or `thinned` returned, with at least one row.
+        axis: The setting.
+
+    Returns:
+        A row per measure, a column for each of at most `MOST_COLUMNS` values of the setting; the traces are those of
+        the whole, with `pick`, the places of the points that they keep.
+    """
+    names = [trace["meta"] for trace in whole["data"]]
+    values = frames.spread(frames.ordered(data[axis]), MOST_COLUMNS)
+    words = [html.escape(f"{axis} {theme.format_value(value)}") for value in values]
+    figure = make_subplots(
+        rows=len(names),
+        cols=len(values),
+        shared_yaxes="all",
+        horizontal_spacing=0.02,
+        vertical_spacing=min(0.16, 75 / (290 * len(names))),
+        subplot_titles=[f"{html.escape(name)}<br>{said}" for name in names for said in words],
+    )
+    placed: list[tuple[int, list[int]]] = []
+    panels: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        part = data[data["measure"] == name]
+        own = frames.hashable(part[axis])
+        for column, value in enumerate(values):
+            number = row * len(values) + column + 1
+            picked = np.flatnonzero(own.isna() if value is None else own == value).tolist()
+            placed.append((row, picked))
+            panels.setdefault(name, []).append(number)
+        first = row * len(values) + 1
+        figure.update_xaxes(**_fitted(part["value"]), matches=f"x{first if first > 1 else ''}", row=row + 1)
+        figure.update_xaxes(matches=None, row=row + 1, col=1)
+    figure.update_yaxes(title_text=_short(str(data["target"].iloc[0])), col=1)
+    theme.layout(figure, height=130 + 290 * len(names))
+    layout = dict(json.loads(str(figure.to_json()))["layout"]) | {"margin": whole["layout"]["margin"] | {"t": 130}}
+    scales, *colours = whole["layout"]["updatemenus"]
+    menus = [scales | {"buttons": scale_buttons(data, panels)}, *(_picked(menu, placed) for menu in colours)]
+    shown = {name: whole["layout"][name] for name in ("coloraxis",) if name in whole["layout"]}
+    traces = []
+    for number, (row, picked) in enumerate(placed, start=1):
+        suffix = "" if number == 1 else str(number)
+        traces.append(whole["data"][row] | {"pick": picked, "xaxis": f"x{suffix}", "yaxis": f"y{suffix}"})
+    return {"data": traces, "layout": layout | shown | {"updatemenus": [_higher(menu) for menu in menus]}}
+
+
+def _higher(menu: Mapping[str, Any]) -> dict[str, Any]:
+    """A menu above titles of two lines."""
+    return dict(menu) | {"pad": {"b": 44}}
+
+
+def _picked(menu: Mapping[str, Any], placed: Sequence[tuple[int, list[int]]]) -> dict[str, Any]:
+    """A menu of colours for traces that keep some points of others."""
+    buttons = []
+    for button in menu["buttons"]:
+        every, layout = button["args"]
+        colours = [[every["marker.color"][row][place] for place in picked] for row, picked in placed]
+        buttons.append(dict(button) | {"args": [{"marker.color": colours}, layout]})
+    return dict(menu) | {"buttons": buttons}
 
 
 def _short(target: str) -> str:
@@ -155,7 +274,7 @@ def _short(target: str) -> str:
 
 
 def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
-    settings = [axis for axis in part.columns if axis not in (*_FIXED, "models")]
+    settings = [axis for axis in part.columns if axis not in _NO_SETTINGS]
     first, heading = ("model_id", "") if "model_id" in part.columns else ("models", "models: ")
     lines = [f"{html.escape(axis)} = %{{customdata[{place + 1}]}}" for place, axis in enumerate(settings)]
     few = len(part) <= MOST_ERROR_BARS
@@ -163,9 +282,12 @@ def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
     # WebGL draws thousands of points at once; SVG prints better
     kind = go.Scatter if few else go.Scattergl
     return kind(
-        x=part["value"],
-        y=part["target_value"],
-        error_x={"array": part["stderr"].fillna(0), "color": "#9aa4b2", "thickness": 1, "width": 0} if bars else None,
+        # as lists of six digits, from which the page picks
+        x=_digits(part["value"]),
+        y=_digits(part["target_value"]),
+        error_x={"array": _digits(part["stderr"].fillna(0)), "color": "#9aa4b2", "thickness": 1, "width": 0}
+        if bars
+        else None,
         mode="markers",
         meta=str(part["measure"].iloc[0]),
         showlegend=False,
@@ -177,6 +299,10 @@ def _points(part: pd.DataFrame, axes: list[str]) -> go.Scatter:
         customdata=[[_plain(value) for value in row] for row in part[[first, *settings]].to_numpy(dtype=object)],
         hovertemplate="<br>".join([f"{heading}%{{customdata[0]}}", "%{x:.4g}, %{y:.4f}", *lines]) + "<extra></extra>",
     )
+
+
+def _digits(values: pd.Series) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _plain(value: object) -> object:
@@ -207,11 +333,16 @@ def _colours(figure: go.Figure, data: pd.DataFrame, names: list[str], axes: list
     first_colours, first_layout = starts[0]
     for trace, ranked in zip(figure.data, first_colours, strict=True):
         trace.marker.update(color=ranked, coloraxis="coloraxis")
-    figure.update_layout(coloraxis={"colorscale": theme.SCALE, "colorbar": {"thickness": 12, "len": 0.9}})
+    figure.update_layout(
+        coloraxis={
+            "colorscale": theme.SCALE,
+            "colorbar": {"thickness": 12, "lenmode": "pixels", "len": 220, "y": 1, "yanchor": "top"},
+        }
+    )
     figure.update_layout({key.replace(".", "_"): value for key, value in first_layout.items()})
     if len(buttons) > 1:
         menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 26}}
-        figure.update_layout(updatemenus=[menu], margin_t=110)
+        figure.update_layout(updatemenus=[menu])
 
 
 def _ranks(values: pd.Series, order: list[object]) -> pd.Series:

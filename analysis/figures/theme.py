@@ -240,3 +240,20 @@ def layout(figure: go.Figure, *, height: int) -> go.Figure:
     figure.update_yaxes(**line, showline=False, automargin=True)
     figure.update_annotations(font_size=13)
     return figure
+
+
+def epoch_buttons(figure: go.Figure) -> go.Figure:
+    """Give a figure buttons that switch its epoch axes between linear and logarithmic, and return it.
+
+    Args:
+        figure: Laid out; changed in place.
+    """
+    axes = [name for name in figure.layout.to_plotly_json() if name.startswith("xaxis")]
+    buttons = [
+        {"label": f"{scale} epochs", "method": "relayout", "args": [{f"{name}.type": scale for name in axes}]}
+        for scale in ("linear", "log")
+    ]
+    rise = legend_height(figure) + 34
+    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1}
+    figure.update_layout(updatemenus=[menu | {"yanchor": "bottom", "pad": {"b": rise}}], margin_t=rise + 76)
+    return figure

@@ -11,7 +11,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from flatmin.analysis import frames
-from flatmin.analysis.figures import theme
+from flatmin.analysis.figures import lines, theme
 
 MOST_LINES = 8
 MOST_EPOCHS = 80
@@ -47,17 +47,11 @@ def data(
         RequestError: A column is missing or not numeric.
     """
     frames.check_columns(epochs, ["model_id", "epoch"], role="epochs table")
-    frames.check_columns(models, ["model_id", *([axis] if axis else [])], role="figure")
-    table = models[frames.kept(models)]
-    value = frames.hashable(table[axis]) if axis else pd.Series("all models", index=table.index)
-    keys = [key for key in ("model_id", "trial_id") if key in epochs.columns and key in table.columns]
-    owners = table[keys].assign(value=value)
-    if axis:
-        owners = owners[owners["value"].isin(frames.spread(frames.ordered(table[axis]), MOST_LINES))]
-    rows = epochs.merge(owners, on=keys)
+    owners = lines.owners(models, epochs, axis, MOST_LINES).rename(columns={"line": "value"})
+    rows = epochs.merge(owners, on=[name for name in owners.columns if name != "value"])
     if rows.empty:
         return pd.DataFrame(columns=_COLUMNS)
-    sampled = _sample(rows, _thin(rows["epoch"], most_epochs))
+    sampled = _sample(rows, frames.thin(rows["epoch"], most_epochs))
     quantities = _quantities(sampled)
     wide = sampled[["value", "epoch"]].assign(**quantities)
     long = wide.melt(["value", "epoch"], list(quantities), "quantity", "amount").dropna(subset=["amount"])
@@ -65,15 +59,6 @@ def data(
     # models that stop early are evaluated then, between the epochs of the others: a mean of them alone would be no line
     whole = out.groupby(["quantity", "value"], dropna=False)["count"].transform(lambda n: n.cummax() == n.max())
     return out[whole].rename(columns={"count": "n"}).assign(axis=axis).reset_index(drop=True)[_COLUMNS]
-
-
-def _thin(epochs: pd.Series, most: int) -> list[int]:
-    distinct = np.sort(epochs.dropna().unique())
-    if len(distinct) <= most:
-        return [int(epoch) for epoch in distinct]
-    even = np.linspace(0, len(distinct) - 1, most // 2)
-    early = np.geomspace(1, len(distinct), most - most // 2) - 1
-    return [int(epoch) for epoch in distinct[np.unique(np.concatenate([even, early]).round().astype(int))]]
 
 
 def _sample(rows: pd.DataFrame, shown: list[int]) -> pd.DataFrame:
@@ -126,18 +111,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
         figure.update_yaxes(**ticks, row=place // 2 + 1, col=place % 2 + 1)
     figure.update_xaxes(title_text="epoch", row=rows)
     theme.layout(figure, height=170 + 260 * rows)
-    buttons = [
-        {"label": f"{scale} epochs", "method": "relayout", "args": [_epoch_axes(figure, scale)]}
-        for scale in ("linear", "log")
-    ]
-    rise = theme.legend_height(figure) + 34
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1}
-    figure.update_layout(updatemenus=[menu | {"yanchor": "bottom", "pad": {"b": rise}}], margin_t=rise + 76)
-    return figure
-
-
-def _epoch_axes(figure: go.Figure, scale: str) -> dict[str, str]:
-    return {f"{name}.type": scale for name in figure.layout.to_plotly_json() if name.startswith("xaxis")}
+    return theme.epoch_buttons(figure)
 
 
 def _line(figure: go.Figure, line: pd.DataFrame, value: object, colour: str, *, dash: str, panel: int) -> None:

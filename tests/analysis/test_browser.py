@@ -25,6 +25,7 @@ SCRIPT = """
 (async () => {
   const found = { errors: [], violations: 0 };
   window.addEventListener("error", (event) => found.errors.push(event.message));
+  window.addEventListener("unhandledrejection", (event) => found.errors.push(String(event.reason)));
   document.addEventListener("securitypolicyviolation", () => { found.violations += 1; });
   const place = (name) => document.querySelector(`[data-figure="${name}"]`);
   const choose = (name, value) => {
@@ -35,21 +36,34 @@ SCRIPT = """
   const look = () => ({
     drawn: [...document.querySelectorAll(".plot")].filter((one) => one.querySelector(".main-svg")).length,
     plots: document.querySelectorAll(".plot").length,
-    points: place("scatter")._fullData.map((trace) => trace.x.length),
-    interval: place("correlations")._fullData.some((trace) => Math.max(...trace.error_x.array) > 0),
-    lines: [...new Set(place("training").data.map((trace) => trace.name))],
+    points: (place("scatter")._fullData ?? []).map((trace) => trace.x.length),
+    interval: (place("correlations")._fullData ?? []).some((trace) => Math.max(...trace.error_x.array) > 0),
+    lines: [...new Set((place("training").data ?? []).map((trace) => trace.name))],
     caption: place("correlations").closest("figure").querySelector(".caption").textContent,
     said: [...document.querySelectorAll("#conclusions p")].filter((one) => !one.hidden).map((one) => one.textContent),
     tables: [...document.querySelectorAll("main > section[data-of]")].filter((one) => !one.hidden).length,
-    paper: place("psi").layout.paper_bgcolor,
+    paper: place("psi").layout?.paper_bgcolor,
+    scales: ["xaxis", "xaxis2", "yaxis"].map((axis) => place("scatter").layout?.[axis]?.type),
   });
+  const press = (label) => [...place("scatter").querySelectorAll(".updatemenu-button")]
+    .find((one) => one.textContent.startsWith(label)).dispatchEvent(new MouseEvent("click", { bubbles: true }));
+  while (look().drawn < look().plots) await new Promise((done) => setTimeout(done, 50));
   found.first = look();
   choose("seeds", "rows"); found.rows = look();
   choose("filter", "converged"); found.converged = look();
   choose("measure", "lpf"); found.measure = look();
   choose("axis", "label_noise"); found.axis = look();
   found.absent = place("against-axis").closest("figure").querySelector(".caption").textContent;
-  choose("axis", "width");
+  choose("axis", "width"); choose("measure", "");
+  press("log both");
+  await new Promise((done) => setTimeout(done, 500));
+  found.pressed = look().scales;
+  choose("filter", "all"); choose("split", "label_noise");
+  await new Promise((done) => setTimeout(done, 500));
+  found.split = look();
+  choose("split", "");
+  press("fitted axes");
+  await new Promise((done) => setTimeout(done, 500));
   document.getElementById("theme").click(); found.dark = look();
   document.getElementById("theme").click();
   for (const [name, value] of [["seeds", "means"], ["filter", "all"], ["measure", ""]]) choose(name, value);
@@ -81,17 +95,56 @@ def chromium(page: Path, *options: str, width: int = 1160, height: int = 5200) -
     return done.stdout
 
 
+LIVE = """
+(async () => {
+  const control = document.querySelector('[data-control="seeds"]');
+  const again = history.state !== null;
+  if (!again) {
+    while (!document.querySelector(".main-svg")) await new Promise((done) => setTimeout(done, 50));
+    control.value = "rows";
+    control.dispatchEvent(new Event("change"));
+    document.getElementById("filter").value = "width=8";
+    document.getElementById("theme").click();
+    return;
+  }
+  while (!document.querySelector(".main-svg")) await new Promise((done) => setTimeout(done, 50));
+  document.getElementById("live").click();
+  const found = {
+    seeds: control.value,
+    search: document.getElementById("filter").value,
+    count: document.getElementById("count").textContent,
+    dark: document.getElementById("theme").getAttribute("aria-pressed"),
+    following: document.getElementById("live").getAttribute("aria-pressed"),
+  };
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+})();
+"""
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, tables: Any, study: dict[str, object]) -> Path:
+    """A report whose data are packed, as those of a large one are."""
     path = tmp_path_factory.mktemp("browser") / "report.html"
-    return report(study=study, models=tables.models, epochs=tables.epochs, sharpness=tables.sharpness, path=path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flatmin.analysis.page.PACKED_FROM", 10_000)
+        report(study=study, models=tables.models, epochs=tables.epochs, sharpness=tables.sharpness, path=path)
+    assert path.read_text().count("data-packed=") > 3
+    return path
 
 
 @pytest.fixture(scope="module")
 def found(page: Path) -> dict[str, Any]:
     """What a script saw that plays a reader."""
+    return play(page, SCRIPT)
+
+
+def play(page: Path, script: str) -> dict[str, Any]:
+    """Open a page with a further script in it; return what that leaves in an element `found`."""
     played = page.with_name("played.html")
-    played.write_text(page.read_text().replace("</body>", f"<script>{SCRIPT}</script></body>"))
+    played.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
     dom = chromium(played, "--dump-dom")
     match = re.search(r'<pre id="found">(.*?)</pre>', dom, flags=re.DOTALL)
     assert match, "the script did not come to its end"
@@ -123,6 +176,20 @@ def test_measure_and_axis_change_the_figures(found: dict[str, Any]) -> None:
     assert found["measure"]["lines"][0] == "width 16"
     assert found["axis"]["lines"] == ["label_noise 0", "label_noise 0.2"]
     assert found["absent"] == "No figure for this choice: label_noise has no 5 numeric values or more."
+
+
+def test_pressed_buttons_stay_and_points_are_split(found: dict[str, Any]) -> None:
+    assert found["first"]["scales"] == ["linear", "log", "linear"]
+    assert found["pressed"] == ["log", "log", "log"]
+    assert found["split"]["scales"] == ["log", "log", "log"]
+    assert found["split"]["points"] == [32, 33, 32, 33]  # one model diverged
+
+
+def test_a_live_page_loads_itself_and_keeps_what_was_chosen(page: Path, tables: Any, study: dict[str, object]) -> None:
+    path = page.with_name("live.html")
+    report(study=study, models=tables.models, sharpness=tables.sharpness, path=path, refresh=3)
+    chosen = {"seeds": "rows", "search": "width=8", "count": "6 of 66 models", "dark": "true", "following": "false"}
+    assert play(path, LIVE) == chosen
 
 
 def test_one_table_of_correlations_is_shown_and_the_way_back_is_open(found: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def test_a_panel_alone_has_its_own_points_colours_and_titles(tables: Any) -> Non
     assert layout["xaxis2"]["domain"] == layout["yaxis2"]["domain"] == [0, 1]
     assert layout["yaxis2"]["title"]["text"] == "generalisation gap (fraction)"
     assert [note["text"] for note in layout["annotations"]] == ["lpf"]
-    buttons, before = layout["updatemenus"][0]["buttons"], whole["layout"]["updatemenus"][0]["buttons"]
+    buttons, before = layout["updatemenus"][1]["buttons"], whole["layout"]["updatemenus"][1]["buttons"]
     assert buttons[1]["args"][0]["marker.color"] == before[1]["args"][0]["marker.color"][1:]
 
 

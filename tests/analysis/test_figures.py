@@ -104,7 +104,7 @@ def test_rows_of_joined_tables_are_not_multiplied(tables: Any) -> None:
 
 def test_scatter_colours_by_every_setting(tables: Any) -> None:
     figure = drawn(scatter.draw(scatter.data(tables.models, tables.sharpness)))
-    buttons = figure["layout"]["updatemenus"][0]["buttons"]
+    buttons = figure["layout"]["updatemenus"][1]["buttons"]
     assert [button["label"] for button in buttons] == ["width", "label_noise", "seed"]
     ranks, layout = buttons[1]["args"]
     assert {rank for panel in ranks["marker.color"] for rank in panel} == {0, 1}
