@@ -41,7 +41,8 @@ def labels(options: argparse.Namespace, subset: int | None) -> list[str]:
     written = []
     for name in [name for name in arguments if name not in options.without]:
         own = arguments[name]
-        own = own | ({} if subset is None or name in WHOLE_SET_ONLY else {"subset": subset})
+        if subset is not None and name not in WHOLE_SET_ONLY:
+            own = own | {"subset": subset, "subset_stratified": "true"}
         written.append(f"{name}({', '.join(f'{key}={value}' for key, value in own.items())})" if own else name)
     return written
 
@@ -66,7 +67,7 @@ def suite(subject: Trained, options: argparse.Namespace) -> None:
         with found.one_pass.running():
             subject.loss()
         found.frames = []
-        for timer, subset in ((found.whole, None), (found.part, options.subset))[: 2 if options.subset else 1]:
+        for timer, subset in ours(found, options):
             with timer.running():
                 written = labels(options, subset)
                 found.frames.append(
@@ -74,6 +75,12 @@ def suite(subject: Trained, options: argparse.Namespace) -> None:
                 )
         run_published(subject, options, found)
     show_suite(found, options)
+
+
+def ours(found: Suite, options: argparse.Namespace) -> list[tuple[Timer, int | None]]:
+    """Return which of our suites are run: each one's timer, and of how many examples its subset is."""
+    whole: list[tuple[Timer, int | None]] = [] if options.only_subset else [(found.whole, None)]
+    return whole + ([(found.part, options.subset)] if options.subset else [])
 
 
 def run_published(subject: Trained, options: argparse.Namespace, found: Suite) -> None:
@@ -95,42 +102,33 @@ def run_published(subject: Trained, options: argparse.Namespace, found: Suite) -
 def show_suite(found: Suite, options: argparse.Namespace) -> None:
     """Print a table of measures and one of the whole."""
     unit = found.one_pass.median()
-    columns = (
-        "measure",
-        "published",
-        "seconds",
-        "passes",
-        "ours",
-        "error",
-        "seconds",
-        "passes",
-        "ours, subset",
-        "error",
+    suites = [
+        ("ours" if subset is None else f"ours, subset of {subset}", timer) for timer, subset in ours(found, options)
+    ]
+    columns = [text for head, _ in suites for text in (head, "error", "seconds", "passes")]
+    table = Table(
+        "measure", "published", "seconds", "passes", *columns, box=box.MARKDOWN, title="the suite, measure by measure"
     )
-    table = Table(*columns, "seconds", box=box.MARKDOWN, title="the suite, measure by measure")
-    whole, part = (found.frames[place].set_index("measure") for place in (0, -1))
-    for name in whole.index:
+    frames = [frame.set_index("measure") for frame in found.frames]
+    scales = [timer.of_device()[-1] / timer.wall[-1] for _, timer in suites]
+    for name in frames[0].index:
         source = "Lanczos" if name in SERVED_BY_LANCZOS else name
         seconds = statistics.median(found.published[source])
         shared = name in SERVED_BY_LANCZOS[:1] + SERVED_BY_LANCZOS[2:]
         theirs = (
             ["with lambda_max", "", ""] if shared else [found.values[source], f"{seconds:.1f}", f"{seconds / unit:.0f}"]
         )
-        own, sub = whole.loc[name], of_row(part.loc[name]) if options.subset else ()
-        table.add_row(name, *theirs, *of_row(own), f"{own['seconds'] / unit:.0f}", *sub)
+        cells = [of_row(frame.loc[name], unit, scale) for frame, scale in zip(frames, scales, strict=True)]
+        table.add_row(name, *theirs, *(cell for own in cells for cell in own))
     Console(width=200).print(table)
     print(
-        "Ours are wall seconds, and what measures share is paid by the first that asks for it. Errors are in per cent "
-        "of the value; ! marks one that did not converge."
+        "Ours are wall seconds, scaled to the suite's CPU seconds, and what measures share is paid by the first that "
+        "asks for it. Errors are in per cent of the value; ! marks one that did not converge."
     )
     totals = [float(total) for total in np.sum(list(found.published.values()), axis=0)]
     lines = Table("suite", "CPU seconds", "spread", "wall", "passes", "published / it", box=box.MARKDOWN)
-    rows = [
-        ("published, " + ("in full" if options.full else "scaled"), totals, found.published_wall),
-        ("ours, all examples", found.whole.of_device(), found.whole.wall),
-        (f"ours, subset of {options.subset}", found.part.of_device(), found.part.wall),
-    ]
-    for name, of_suite, wall in rows[: 3 if options.subset else 2]:
+    rows = [("published, " + ("in full" if options.full else "scaled"), totals, found.published_wall)]
+    for name, of_suite, wall in rows + [(head, timer.of_device(), timer.wall) for head, timer in suites]:
         own = statistics.median(of_suite)
         ratio = statistics.median(a / b for a, b in zip(totals, of_suite, strict=True))
         spread = f"{min(of_suite):.1f} to {max(of_suite):.1f}"
@@ -139,9 +137,11 @@ def show_suite(found: Suite, options: argparse.Namespace) -> None:
     Console(width=120).print(lines)
 
 
-def of_row(row: pd.Series[Any]) -> tuple[str, str, str]:
-    """Return a measure's value, its relative error and its seconds, written."""
+def of_row(row: pd.Series[Any], unit: float, scale: float) -> tuple[str, str, str, str]:
+    """Return a measure's value, its relative error, its scaled seconds and how many passes they are, written."""
+    seconds = row["seconds"] * scale
+    cost = f"{seconds:.1f}", f"{seconds / unit:.1f}"
     if not math.isfinite(row["value"]):
-        return "undefined", "", f"{row['seconds']:.1f}"
+        return "undefined", "", *cost
     error = 100 * row["stderr"] / abs(row["value"]) if row["value"] else 0.0
-    return f"{row['value']:.4g}", f"{error:.1f}" + ("" if row["converged"] else " !"), f"{row['seconds']:.1f}"
+    return f"{row['value']:.4g}", f"{error:.1f}" + ("" if row["converged"] else " !"), *cost

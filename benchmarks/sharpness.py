@@ -1,7 +1,8 @@
 """Sharpness measures of one trained narrow ResNet-18, three comparisons in one run on one core.
 
-Suite: all measures of the published procedure to a standard error of 2 %, on all examples and on a random subset of
-them (whose sampling error is then in the standard error), against that procedure in plain PyTorch (`_published.py`).
+Suite: all measures of the published procedure to a standard error of 2 %, on all examples and on a subset of them,
+stratified by the loss (whose sampling error is then in the standard error), against that procedure in plain PyTorch
+(`_published.py`).
 By default a fraction of each of its loops is run, and its time is scaled by how much was left out: every loop is so
 many equal units, one at least is run, and eps_sharpness, whose length is not known beforehand, is run to its end.
 
@@ -53,6 +54,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="of the narrow ResNet-18 (default 1; large: 4)")
     parser.add_argument("--examples", type=int, help="training examples (default 64; large: 512, on a GPU 50,000)")
     parser.add_argument("--subset", type=int, help="examples of the subset (default 0: none; large: a quarter)")
+    parser.add_argument("--only-subset", action="store_true", help="leave out our suite on all examples")
     parser.add_argument(
         "--peer-examples", type=int, help="examples in the comparison with peers (default 16; large: 512)"
     )
@@ -75,6 +77,8 @@ def read_options() -> argparse.Namespace:
     options.examples = options.examples or ((50_000 if on_gpu else 512) if options.large else 64)
     if options.subset is None:
         options.subset = max(64, options.examples // 4) if options.large else 0
+    if options.only_subset and not options.subset:
+        parser.error("--only-subset needs --subset")
     options.peer_examples = min(options.examples, options.peer_examples or (512 if options.large else 16))
     options.repetitions = options.repetitions or (3 if options.large else 1)
     options.product_repetitions = options.product_repetitions or (5 if options.large else 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class Engine(Evaluations):
         sets: Other sets of examples by name (`val`, `test`), for measures that are asked of them.
         memory: Bytes that kept graphs and a Krylov basis may take, each.
         population: How many examples there are, where the batches are a sample of them; all by default.
+        of_examples: What an earlier engine of the same examples has made of them, which this one adds to.
 
     Raises:
         ValueError: No examples, or shapes that do not fit together.
@@ -81,6 +83,7 @@ class Engine(Evaluations):
         sets: Mapping[str, Sequence[Batch]] | None = None,
         memory: int = 2**31,
         population: int | None = None,
+        of_examples: dict[Any, Any] | None = None,
     ) -> None:
         super().__init__(
             network,
@@ -94,6 +97,7 @@ class Engine(Evaluations):
             memory=memory,
             population=population,
         )
+        self._of_examples = {} if of_examples is None else of_examples
         self.loss = loss
         check_network(network.template)
         self._check()

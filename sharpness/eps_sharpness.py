@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import elementwise
 
+from flatmin.errors import RequestError
 from flatmin.settings import Setting
 from flatmin.sharpness.arguments import Epsilon, MetricChoice, Tolerance
 from flatmin.sharpness.engine import GRADIENT_PASSES, LOSS_PASSES, PRODUCT_PASSES, Engine
@@ -33,6 +34,8 @@ REFUSES = {
 _MOST_DOUBLINGS = 64
 _EIGENVECTOR_STEPS = 100
 _TOO_FAR = 1e3
+_GLANCED_AT = 256
+"""Examples whose curvature along the line says where the search begins: of all it would cost as much as the search."""
 
 
 def eps_sharpness(
@@ -93,7 +96,9 @@ class _Line:
     def __init__(self, engine: Engine, metric: Metric, epsilon: float, direction: str, tolerance: float) -> None:
         self.engine, self.epsilon = engine, epsilon
         d, gradient = engine.scale(metric), engine.gradient()
-        self.found, self.products = np.ones(len(engine), dtype=bool), np.ones(len(engine), dtype=np.int64)
+        self.found = np.ones(len(engine), dtype=bool)
+        self._few = _at_a_glance(engine)
+        self.products = np.full(len(engine), self._few.n_examples / engine.n_examples)
         if direction == "gradient":
             self.slope = (d * gradient).norm(dim=1)
             self.direction = d * (d * gradient / self.slope[:, None])
@@ -111,7 +116,7 @@ class _Line:
         """Return half the distance that the quadratic model predicts, and for which models there is one."""
         defined = self.defined & self.base.isfinite()
         along = torch.where(defined[:, None], self.direction, 0.0)
-        curvature = (along * self.engine.hvp(along, defined)).sum(dim=1).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
+        curvature = (along * self._few.hvp(along, defined)).sum(dim=1).clamp(min=0.0).nan_to_num(0.0, posinf=0.0)
         distance = 2 * self.epsilon / (self.slope + (self.slope**2 + 2 * self.epsilon * curvature).sqrt())
         guess = torch.where(defined, distance / 2, 1.0)
         return guess.cpu().numpy(), (defined & guess.isfinite()).cpu().numpy()
@@ -127,6 +132,14 @@ class _Line:
         self.evaluations[rows] += 1
         above: NDArray[Any] = (losses - self.base - self.epsilon)[active.to(device)].cpu().numpy()
         return np.where(np.isfinite(above), above, _TOO_FAR * self.epsilon)
+
+
+def _at_a_glance(engine: Engine) -> Engine:
+    """Return an engine on a few of the examples; on all where they differ in shape and cannot be drawn from."""
+    try:
+        return engine.sample(_GLANCED_AT)
+    except RequestError:
+        return engine
 
 
 def _bracket(

@@ -25,7 +25,7 @@ class Curve:
 
     Attributes:
         kind: `hessian_density`, `surface`, `fourier`, ...
-        x: Where the points are, float64 `[K, P]`.
+        x: Where the points are, float64 `[K, P]`; NaN where a model has no such point.
         value: What is there, `[K, P]`.
         y: Where they are along a surface's second axis, `[K, P]`.
         settings: What tells the curve from others of its kind, beside the measure's label and arguments.

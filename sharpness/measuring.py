@@ -17,7 +17,7 @@ from flatmin.labels import MeasureLabel, parse_label
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.estimate import Curve, Estimate, exact
 from flatmin.sharpness.subject import subject
-from flatmin.sharpness.subsets import with_sampling_error
+from flatmin.sharpness.subsets import measure_of_subset
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ def _of_subject(
 def _timed(engine: Engine, label: MeasureLabel) -> tuple[Estimate, float]:
     start = time.perf_counter()
     try:
-        estimate = _taken(engine, label)
-        if engine.is_subset:
-            estimate = with_sampling_error(engine, label, estimate, _taken)
+        estimate = measure_of_subset(engine, label, _taken) if engine.is_subset else _taken(engine, label)
     except (MemoryError, torch.OutOfMemoryError) as error:
         error.add_note(f"while measuring {label.label}")
         raise
@@ -178,6 +176,7 @@ def _points(label: MeasureLabel, curves: Sequence[Curve], k: int) -> list[dict[s
         points += [
             {"kind": curve.kind, "settings": settings, "x": x, "y": y, "value": _finite(value)}
             for x, y, value in zip(xs, ys, values, strict=True)
+            if math.isfinite(x)
         ]
     return points
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from flatmin.errors import FlatminError, RequestError
-from flatmin.sharpness.sampling import pieces, side_by_side, take
+from flatmin.sharpness.sampling import pieces, side_by_side, stratified, take
 from flatmin.stack import Batch, StackedNetwork, Streams, normal, permutation, rademacher, stream_key
 
 _VECTORS_PER_GROUP = 128
@@ -87,7 +87,7 @@ class Models:
 
         There are none of a whole set, of a group, and where a Hessian-vector product by part does not fit in memory.
         """
-        count = max(_FEWEST_PARTS, min(_MOST_PARTS, self.n_examples // _EXAMPLES_PER_PART))
+        count = _parts_of(self.n_examples)
         fit = count * self.params.element_size() * self.params.numel() <= self.memory
         return count if self.is_subset and not self._is_group and fit else 0
 
@@ -125,24 +125,35 @@ class Models:
             )
         other = copy.copy(self)
         other._take_on(self._sets[name])
+        other._of_examples = self._of_examples.setdefault(f"set {name}", {})
         other.population = other.n_examples
         other._begin()
         return other
 
-    def sample(self, count: int) -> Self:
+    def sample(self, count: int, by: Tensor | None = None) -> Self:
         """Return an engine on `count` of the examples, or this one when there are no more.
 
         They are drawn without replacement by a stream of the model's key, so that every measure of a model sees the
-        same ones, and a larger sample holds a smaller one.
+        same ones, and a larger sample holds a smaller one, unless they are stratified.
+
+        Args:
+            count: How many.
+            by: A number of every example by which they are stratified (`sampling.stratified`), `[K, n]`.
         """
         if count >= self.n_examples:
             return self
         tag = stream_key("subset")
-        orders = {key: permutation(key ^ tag, self.n_examples)[:count] for key in set(self.keys.tolist())}
-        index = torch.stack([orders[key] for key in self.keys.tolist()]).to(self.device)
+        orders = {key: permutation(key ^ tag, self.n_examples) for key in set(self.keys.tolist())}
+        if by is None:
+            rows = [orders[key][:count] for key in self.keys.tolist()]
+        else:
+            own = zip(by.cpu(), self.keys.tolist(), strict=True)
+            rows = [stratified(values, orders[key].argsort(), count, _parts_of(count)) for values, key in own]
+        index = torch.stack(rows).to(self.device)
         size = max(batch.y.shape[1] for batch in self.batches)
+        alike = bool((index == index[:1]).all())
         other = copy.copy(self)
-        other._take_on([take(self.batches, part, alike=len(orders) == 1) for part in torch.split(index, size, dim=1)])
+        other._take_on([take(self.batches, part, alike=alike) for part in torch.split(index, size, dim=1)])
         other._begin()
         return other
 
@@ -179,6 +190,12 @@ class Models:
             self._shared[key] = make()
         return self._shared[key]
 
+    def of_examples(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Return what depends on the examples alone, as `shared`, but kept by engines of the same examples too."""
+        if key not in self._of_examples:
+            self._of_examples[key] = make()
+        return self._of_examples[key]
+
     def vectors(self, kind: Literal["normal", "rademacher"], stream: str, first: int, count: int) -> Tensor:
         """Return random vectors, float64 `[count, K, d]`: numbers `first`, `first + 1`, ... of a stream.
 
@@ -211,6 +228,7 @@ class Models:
             RequestError: They are on another device than the weights.
         """
         batches = list(batches)
+        self._of_examples: dict[Any, Any] = {}
         self.n_examples = sum(batch.y.shape[1] for batch in batches)
         if self.n_examples == 0:
             raise ValueError("there are no examples to measure on")
@@ -226,6 +244,11 @@ class Models:
     def _begin(self) -> None:
         """Start with nothing made yet."""
         self._shared: dict[Any, Any] = {}
+
+
+def _parts_of(count: int) -> int:
+    """Return into how many parts a subset of so many examples is cut."""
+    return max(_FEWEST_PARTS, min(_MOST_PARTS, count // _EXAMPLES_PER_PART))
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -60,6 +60,36 @@ def membership(batches: Sequence[Batch], parts: int) -> list[Tensor]:
     return list(torch.split(inside, [batch.y.shape[1] for batch in batches], dim=1))
 
 
+def stratified(values: Tensor, rank: Tensor, count: int, parts: int) -> Tensor:
+    """Return the numbers of `count` examples drawn evenly from blocks of similar values, int64 `[count]`.
+
+    Sorted by their values, largest first, the examples are cut into blocks from each of which `parts` are drawn without
+    replacement: one for each of the consecutive parts of the answer, which so are stratified samples themselves and as
+    different as chance makes them. The last block gives what is left over, and is smaller in proportion.
+
+    Args:
+        values: `[n]`.
+        rank: The place of every example in a random order, int64 `[n]`.
+        count: How many to draw, n at most.
+        parts: How many parts there are, cut as `edges` cuts them.
+    """
+    n, device = len(values), values.device
+    draws = torch.full((-(-count // parts),), parts, device=device)
+    draws[-1] = count - draws[:-1].sum()
+    stops = draws.cumsum(dim=0) * n // count
+    order = values.argsort(descending=True, stable=True)
+    block = torch.searchsorted(stops, torch.arange(n, device=device), right=True)
+    order = order[(block * n + rank[order]).argsort()]
+    place = torch.arange(count, device=device)
+    starts = stops - torch.diff(stops, prepend=stops.new_zeros(1))
+    drawn = order[starts[place // parts] + place % parts]
+    bounds = torch.tensor(edges(count, parts), device=device)
+    part = torch.searchsorted(bounds, place, right=True) - 1
+    turn = (place - bounds[part]) * parts + part
+    dealt = drawn[turn.argsort().argsort()]
+    return dealt[(part * n + rank[dealt]).argsort()]
+
+
 def take(batches: Sequence[Batch], index: Tensor, *, alike: bool) -> Batch:
     """Return the examples of numbers `index`, int64 `[K, b]`, counted through all batches.
 

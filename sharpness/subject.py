@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Literal
 
+from torch import Tensor
+
 from flatmin.errors import RequestError
 from flatmin.settings import Setting
 from flatmin.sharpness.engine import Engine
@@ -29,6 +31,13 @@ def subject(
             ge=64,
         ),
     ] = None,
+    subset_stratified: Annotated[
+        bool,
+        Setting(
+            about="Whether the subset is drawn evenly over examples sorted by their loss, which takes a pass.",
+            neutral=False,
+        ),
+    ] = False,
     loss: Annotated[
         Literal["own", "cross_entropy", "squared_error"],
         Setting(about="The loss; `own` is the cross-entropy in a study, and from Python the one that was given."),
@@ -43,11 +52,13 @@ def subject(
         engine: The models.
         data: The set.
         subset: How many of its examples; all of them by default, and where it has no more.
+        subset_stratified: Whether they are stratified by their loss at the weights.
         loss: The loss.
         label_smoothing: The cross-entropy's smoothing.
 
     Raises:
-        RequestError: Smoothing of a loss that is no cross-entropy.
+        RequestError: Smoothing of a loss that is no cross-entropy, or a stratified subset of what is none, or of
+            examples of which only a part is there.
         FlatminError: There is no such set, or the loss does not go with the outputs.
     """
     chosen = engine.on(data)
@@ -58,4 +69,20 @@ def subject(
         function = partial(cross_entropy, label_smoothing=label_smoothing)
     if function is not engine.loss:
         chosen = chosen.with_loss(function)
-    return chosen if subset is None else chosen.sample(subset)
+    if not subset_stratified:
+        return chosen if subset is None else chosen.sample(subset)
+    if subset is None:
+        raise RequestError(
+            "subset_stratified=true says how a subset is drawn; write subset=2000 as well, or leave it out"
+        )
+    if chosen.is_subset:
+        raise RequestError(
+            f"subset_stratified=true needs the loss of all {chosen.population} examples, of which {chosen.n_examples} "
+            "are in memory; leave it out"
+        )
+    return chosen.sample(subset, by=_losses_of_examples(chosen))
+
+
+def _losses_of_examples(engine: Engine) -> Tensor:
+    made: Tensor = engine.shared("losses of examples", lambda: engine.per_example(engine.loss))
+    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from flatmin.sharpness import Engine, Estimate
 from flatmin.stack import Batch, StackedNetwork
 
 CLASSES = 3
+METRICS = ["identity", "filter", "element"]
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +85,26 @@ def _problem(build: Callable[[], nn.Module], shape: Sequence[int], models: int, 
     return Problem(modules, x, y, torch.arange(models) + 100)
 
 
+def engine_of(modules: list[nn.Module], x: Tensor, y: Tensor, **options: Any) -> Engine:
+    params, buffers = StackedNetwork.stack(modules)
+    batch = Batch(x, y.expand(len(modules), *y.shape), shared=True)
+    return Engine(StackedNetwork(modules[0]), params, buffers, [batch], torch.arange(len(modules)), **options)
+
+
+def near_a_minimum(module: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Train a network until its gradient nearly vanishes, with a penalty on its weights."""
+    optimizer = torch.optim.LBFGS(module.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        flat = nn.utils.parameters_to_vector(module.parameters())
+        loss = nn.functional.cross_entropy(module(x), y) + 0.003 * flat.square().sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+
+
 def perceptron(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, CLASSES))
 
@@ -128,16 +150,7 @@ def repeated() -> Callable[[int], Problem]:
     def make(copies: int) -> Problem:
         one = _problem(lambda: perceptron(nn.Tanh), (4,), 1, 23)
         module = one.modules[0]
-        optimizer = torch.optim.LBFGS(module.parameters(), max_iter=60, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            flat = nn.utils.parameters_to_vector(module.parameters())
-            loss = nn.functional.cross_entropy(module(one.x), one.y[0]) + 0.003 * flat.square().sum()
-            torch.autograd.backward(loss)
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        near_a_minimum(module, one.x, one.y[0])
         return Problem([module] * copies, one.x, one.y.expand(copies, -1), torch.arange(copies))
 
     return make

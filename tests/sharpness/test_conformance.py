@@ -17,7 +17,7 @@ from flatmin.stack import Batch, StackedNetwork
 from flatmin.tables import fixed_columns
 
 MEASURES = sorted(plugins.listing("measure"))
-WITH_CURVES = {"hessian_density", "loss_surface"}
+WITH_CURVES = {"fourier", "hessian_density", "loss_surface"}
 GIVEN_BY_THE_CALLER = {"model_id", "trial_id", "epoch"}
 BUDGETS = {"max_samples", "max_steps", "max_draws"}
 DIFFERENCES = {"average_sharpness", "lpf_gap", "lpf_relative"}

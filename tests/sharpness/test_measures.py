@@ -171,6 +171,27 @@ def test_eps_sharpness_is_the_first_crossing(problem: Any, metric: Any, epsilon:
         assert estimate.stderr[k].item() <= 1e-8 * estimate.value[k].item()
 
 
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 5)], ids=["one shape", "two shapes"])
+def test_eps_sharpness_of_many_examples_glances_at_a_few(sizes: tuple[int, int]) -> None:
+    """The search begins where 256 of them say, or all where they cannot be drawn from, and finds the same."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.AdaptiveAvgPool1d(4), nn.Linear(4, 3)).double()
+    parts = [(torch.randn(400, size).double(), torch.arange(400) % 3) for size in sizes]
+    params, _ = StackedNetwork.stack([module])
+    batches = [Batch(x, y[None], shared=True) for x, y in parts]
+    engine = Engine(StackedNetwork(module), params, {}, batches, torch.arange(1))
+    estimate = eps_sharpness(engine, metric="identity", tolerance=1e-9)
+    ascent = engine.gradient()
+
+    def rise(eta: float) -> float:
+        return float(engine.losses(params + eta * ascent) - engine.losses()) - 0.1
+
+    eta = brentq(rise, 1e-6, 1e3, xtol=1e-14, rtol=1e-12)
+    assert estimate.value.item() == pytest.approx(1 / (eta * ascent.norm().item()), rel=1e-7)
+    glance = 256 / 800 if sizes[0] == sizes[1] else 1
+    assert estimate.passes.item() == pytest.approx(1 + 2 + 4 * glance + estimate.samples.item())
+
+
 def with_weights(problem: Any, params: Tensor) -> Engine:
     whole = problem.engine()
     return Engine(whole.network, params, whole.buffers, whole.batches, problem.keys)

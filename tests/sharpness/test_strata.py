@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import t as student
+from tests.sharpness.conftest import near_a_minimum
 from torch import Tensor, nn
 
 from flatmin.sharpness import Engine, Estimate, measure_stack
@@ -45,16 +46,7 @@ def fitted(examples: int) -> tuple[nn.Module, Tensor, Tensor]:
         module, x = Places(), torch.randn(examples, PLACES, 4, dtype=torch.float64)
         y = (x.mean(dim=1) @ torch.randn(4, CLASSES, dtype=torch.float64)).argmax(dim=1)
         y = torch.where(torch.rand(examples) < 0.2, torch.randint(CLASSES, (examples,)), y)
-    optimizer = torch.optim.LBFGS(module.parameters(), max_iter=60, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        flat = nn.utils.parameters_to_vector(module.parameters())
-        loss = nn.functional.cross_entropy(module(x), y) + 0.003 * flat.square().sum()
-        torch.autograd.backward(loss)
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    near_a_minimum(module, x, y)
     return module, x, y
 
 
