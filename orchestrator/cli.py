@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestWarning
-from flatmin.orchestrator.cli_results import correlate, export, import_, query, report, status
+from flatmin.orchestrator.cli_results import correlate, export, import_, query, replay, report, status
 from flatmin.orchestrator.cli_studies import new, plan, schema, studies
 from flatmin.orchestrator.terminal import (
     JsonOption,
@@ -150,7 +150,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (studies, new, schema, plan, launch, status, query, measure, correlate, report, export, import_, doctor):
+for command in (
+    studies,
+    new,
+    schema,
+    plan,
+    launch,
+    status,
+    query,
+    measure,
+    correlate,
+    report,
+    export,
+    import_,
+    replay,
+    doctor,
+):
     name = command.__name__.rstrip("_")  # `import` is no name for a function
     app.command(name, cls=WithSettings if command in (plan, launch) else None)(command)
 

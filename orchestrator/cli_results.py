@@ -2,31 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
+from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import click
 import typer
 
 from flatmin.errors import RequestError
-from flatmin.orchestrator.terminal import Format, JsonOption, ResultsOption, print_table
+from flatmin.orchestrator.terminal import Format, JsonOption, ResultsOption, print_table, seconds_of
+
+if TYPE_CHECKING:
+    from flatmin.orchestrator.inspect import Status
 
 
-def status(results: ResultsOption, as_json: JsonOption = False) -> None:
+def status(
+    results: ResultsOption,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew until nothing remains; Ctrl-C ends it.")] = False,
+    every: Annotated[str, typer.Option(help="Time between two looks of --watch: 5s, 1m.")] = "5s",
+) -> None:
     """Count a study's models: planned, trained, failed, remaining; rate and time left."""
     from flatmin.orchestrator.inspect import status as count
-    from flatmin.orchestrator.progress import duration
     from flatmin.results import Results
 
-    found = count(Results.open(results)).to_json()
-    if as_json:
-        print(json.dumps(found, indent=2))
+    opened = Results.open(results)
+    if not watch:
+        _print_status(count(opened), as_json=as_json)
         return
-    shown: dict[str, object] = dict(found)
-    shown["models_per_minute"] = "" if found["models_per_minute"] is None else f"{found['models_per_minute']:.1f}"
-    shown["eta_seconds"] = "" if found["eta_seconds"] is None else duration(found["eta_seconds"])
+    pause = max(0.1, seconds_of("--every", every))
+    while True:
+        found = count(opened)
+        if sys.stdout.isatty():
+            click.clear()
+        _print_status(found, as_json=as_json)
+        if found.remaining == 0:
+            return
+        time.sleep(pause)
+
+
+def _print_status(found: Status, *, as_json: bool) -> None:
+    from flatmin.orchestrator.progress import duration
+
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2), flush=True)
+        return
+    shown: dict[str, object] = dict(found.to_json())
+    shown["models_per_minute"] = "" if found.models_per_minute is None else f"{found.models_per_minute:.1f}"
+    shown["eta_seconds"] = "" if found.eta_seconds is None else duration(found.eta_seconds)
     print_table(["", ""], [[name.replace("_seconds", ""), value] for name, value in shown.items()])
+
+
+def replay(
+    model_id: Annotated[str, typer.Argument(metavar="MODEL_ID", help="A model's id, or the beginning of it.")],
+    results: ResultsOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Train one model again, alone, in this process, and compare it with its row; nothing is written."""
+    from flatmin.orchestrator.replay import replay as again
+
+    found = again(results, model_id)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    rows = []
+    for name, value in found.stored.items():
+        cells = (value, found.replayed.get(name), found.difference(name))
+        rows.append([name, *(f"{cell:.8g}" if isinstance(cell, float) else cell for cell in cells)])
+    print_table(["", "stored", "replayed", "difference"], rows)
+    said = "the same to the last bit" if found.identical else "not the same to the last bit"
+    print(f"model {found.model_id}, trained in a stack of {found.stack_size}, replayed alone: {said}")
 
 
 def query(
@@ -52,9 +102,30 @@ def query(
         return
     if results is None:
         raise RequestError("query: --results DIR is missing: which tables?")
-    from flatmin.orchestrator.inspect import rows_of
+    from flatmin.orchestrator.inspect import mentioned, rows_of
 
-    write(rows_of(results, str(sql)), output_format)
+    with contextlib.nullcontext() if "published" in mentioned(str(sql)) else _without_pandas():
+        write(rows_of(results, str(sql)), output_format)
+
+
+@contextlib.contextmanager
+def _without_pandas() -> Iterator[None]:
+    """Hide pandas from pyarrow and DuckDB, which import it if they find it: that takes longer than an answer."""
+    finder = _NoPandas()
+    if "pandas" in sys.modules:
+        yield
+        return
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError(fullname)
 
 
 def export(
@@ -125,9 +196,18 @@ def correlate(
 def report(
     results: ResultsOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    live: Annotated[bool, typer.Option("--live", help="Write it anew while models come; the page follows.")] = False,
+    every: Annotated[str, typer.Option(help="With --live: the time between two looks: 10s, 5m.")] = "10s",
 ) -> None:
     """Write one self-contained interactive page that opens without a network."""
-    from flatmin.orchestrator.report import write_report
+    from flatmin.orchestrator.report import follow, write_report
 
-    write_report(results, output)
+    if live:
+        try:
+            follow(results, output, every=seconds_of("--every", every), tell=lambda line: print(line, file=sys.stderr))
+        except KeyboardInterrupt:
+            print(f"stopped; {output} is as of the last rows", file=sys.stderr)
+            raise typer.Exit(130) from None
+    else:
+        write_report(results, output)
     print(output)

@@ -133,8 +133,8 @@ def plan(
     print_table(["trial_id", "models", *varying, "device time"], rows)
     sizes = sorted({len(trial.models) for trial in planned.trials})
     print(
-        f"{planned.study}: {len(planned.models)} models in {len(planned.trials)} trials of {_span(sizes)} models; "
-        f"{_said(cost)}"
+        f"{planned.study}: {_many(len(planned.models), 'model')} in {_many(len(planned.trials), 'trial')} of "
+        f"{_span(sizes)}; {_said(cost)}"
     )
     print(f"measures: {', '.join(checked.measures) or 'none'}")
 
@@ -193,4 +193,8 @@ def _about(seconds: float | None) -> str:
 
 
 def _span(sizes: Sequence[int]) -> str:
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return _many(sizes[0], "model") if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} models"
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from flatmin import lease
+from flatmin.bucket import Place
 from flatmin.errors import RequestError, nearest
 from flatmin.results import Results
 from flatmin.tables import TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,12 @@ class Status:
         return asdict(self)
 
 
-def opened(results: Results | str | Path) -> Results:
+def opened(results: Results | str | Place) -> Results:
     """Return a results directory that was given as itself or as a path."""
     return Results.open(results.path if isinstance(results, Results) else results)
 
 
-def status(results: Results | str | Path) -> Status:
+def status(results: Results | str | Place) -> Status:
     """Count a study's models.
 
     Raises:
@@ -97,7 +100,7 @@ READS = ("SELECT", "EXPLAIN", "MULTI")
 VIEWS = ("wide", "published")
 
 
-def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
+def query(results: Results | str | Place, sql: str) -> pd.DataFrame:
     """Run SQL over a study's tables and the views `wide` and `published`.
 
     Args:
@@ -111,7 +114,7 @@ def query(results: Results | str | Path, sql: str) -> pd.DataFrame:
     return frame
 
 
-def rows_of(results: Results | str | Path, sql: str) -> pa.Table:
+def rows_of(results: Results | str | Place, sql: str) -> pa.Table:
     """Run SQL as `query` does; return an Arrow table, what is undefined null.
 
     Raises:
@@ -121,7 +124,7 @@ def rows_of(results: Results | str | Path, sql: str) -> pa.Table:
     with duckdb.connect() as connection:
         try:
             statement = _statement(connection, sql)
-            for name in _mentioned(sql):
+            for name in mentioned(sql):
                 connection.register(name, relation(results, name))
             connection.execute("SET enable_external_access = false")
             connection.execute("SET python_enable_replacements = false")
@@ -168,8 +171,12 @@ def _run(connection: duckdb.DuckDBPyConnection, statement: str) -> pa.Table:
         raise
 
 
-def _mentioned(sql: str) -> list[str]:
-    """Return the tables and views that a query may be about: those whose names are in it, all where none is."""
+def mentioned(sql: str) -> list[str]:
+    """Return the tables and views that a query may be about: those whose names are in it, all where none is.
+
+    Args:
+        sql: One statement.
+    """
     words = set(re.findall(r"\w+", sql.lower()))
     return [name for name in (*TABLES, *VIEWS) if name in words] or [*TABLES, *VIEWS]
 
@@ -201,7 +208,9 @@ def _explained(message: str, results: Results) -> str:
     if given and given[3]:
         hint = nearest(given[3], (*TABLES, *VIEWS))
     elif given:
-        names = {name for table in (*TABLES, *VIEWS) for name in relation(results, table).column_names}
+        from flatmin.orchestrator.columns import names_in
+
+        names = {name for table in (*TABLES, *VIEWS) for name in names_in(results, table)}
         hint = nearest(given[1] or given[2], names)
     elif "disabled" in first or "locked" in first:
         hint = "; a query reads the tables, and neither files nor the network"

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
+from flatmin.bucket import BucketPath, Place
 from flatmin.errors import RequestError, ResultsError
 from flatmin.labels import parse_label
 from flatmin.lease import Lease
@@ -100,7 +100,7 @@ class Launched:
 
 def launch(
     study: str,
-    results: str | Path,
+    results: str | Place,
     overrides: Sequence[str] = (),
     options: LaunchOptions | None = None,
     console: Console | None = None,
@@ -174,7 +174,7 @@ def _largest_stack(options: LaunchOptions) -> int | Literal["auto"] | None:
 
 
 def measure(
-    results: str | Path,
+    results: str | Place,
     measures: Sequence[str],
     options: LaunchOptions | None = None,
     console: Console | None = None,
@@ -334,8 +334,12 @@ def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
 
 def lost_weights(results: Results) -> list[str]:
     """Return the committed trials whose weights are missing or damaged."""
+    trial_ids = list(dict.fromkeys(results.table("models")["trial_id"].to_pylist()))
+    if isinstance(results.path, BucketPath):  # where an object that is there is whole, and takes long to get
+        there = {file.stem for file in (results.path / "checkpoints").glob("*.safetensors")}
+        return [trial_id for trial_id in trial_ids if trial_id not in there]
     lost = []
-    for trial_id in dict.fromkeys(results.table("models")["trial_id"].to_pylist()):
+    for trial_id in trial_ids:
         try:
             with safe_open(results.weights_file(trial_id), framework="numpy"):
                 pass
@@ -378,6 +382,8 @@ def check_space(results: Results, needed: int | None) -> None:
     Raises:
         ResultsError: The estimate exceeds the free space.
     """
+    if isinstance(results.path, BucketPath):
+        return
     free = shutil.disk_usage(results.path).free
     if needed is not None and needed > free:
         raise ResultsError(
@@ -387,11 +393,13 @@ def check_space(results: Results, needed: int | None) -> None:
 
 
 @contextmanager
-def _disk_errors(path: str | Path) -> Iterator[None]:
+def _disk_errors(path: str | Place) -> Iterator[None]:
     """Turn a disk that will not be written into a message; what is committed stays."""
     try:
         yield
     except OSError as error:
+        if "://" in str(path):
+            raise ResultsError(f"'{path}': {error.strerror}; what was finished is kept, launch again") from None
         if error.errno not in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}:
             raise
         raise ResultsError(

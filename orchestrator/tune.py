@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray import cloudpickle, tune
 
+from flatmin.bucket import BucketPath
 from flatmin.errors import RequestError
 from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, error_line, record_failure, uncommitted
@@ -213,8 +214,24 @@ def _cluster(address: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet(results: Results) -> Iterator[None]:
     """Send what Tune prints to `logs/ray.log` of the results directory."""
+    if isinstance(results.path, BucketPath):
+        with tempfile.TemporaryDirectory(prefix="flatmin-") as folder:
+            log = Path(folder) / "ray.log"
+            try:
+                with _quiet_to(log):
+                    yield
+            finally:
+                with contextlib.suppress(OSError):  # a log is not worth the end of a launch
+                    (results.path / "logs" / "ray.log").write_bytes(log)
+        return
     log = results.path / "logs" / "ray.log"
     log.parent.mkdir(exist_ok=True)
+    with _quiet_to(log):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_to(log: Path) -> Iterator[None]:
     handler = logging.FileHandler(log)
     loggers = [logging.getLogger("ray"), logging.getLogger(__name__)]
     before = [(logger, logger.propagate, list(logger.handlers)) for logger in loggers]

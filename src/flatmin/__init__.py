@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flatmin.orchestrator.launch import LaunchOptions, launch, measure
     from flatmin.orchestrator.plan import plan
     from flatmin.orchestrator.release import export, import_study
+    from flatmin.orchestrator.replay import replay
     from flatmin.orchestrator.report import write_report as report
     from flatmin.orchestrator.runner import RunOptions
     from flatmin.orchestrator.schema import study_schema as schema
@@ -41,6 +42,7 @@ __all__ = [
     "new",
     "plan",
     "query",
+    "replay",
     "report",
     "schema",
     "status",
@@ -60,6 +62,7 @@ _PLACES = {
     "new": ("flatmin.orchestrator.template", "new_study"),
     "plan": ("flatmin.orchestrator.plan", "plan"),
     "query": ("flatmin.orchestrator.inspect", "query"),
+    "replay": ("flatmin.orchestrator.replay", "replay"),
     "report": ("flatmin.orchestrator.report", "write_report"),
     "schema": ("flatmin.orchestrator.schema", "study_schema"),
     "status": ("flatmin.orchestrator.inspect", "status"),

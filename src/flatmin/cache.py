@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from flatmin.bucket import Place, local_copy
+
 Stamp = tuple[str, int, int]
 """Name, size in bytes and time of change in ns of a file."""
 
@@ -37,17 +39,18 @@ class Kept:
     spans: Mapping[Stamp, tuple[int, int]] = field(default_factory=dict)
 
 
-def stamp(file: Path) -> Stamp:
+def stamp(file: Place) -> Stamp:
     """Return what a file is known by."""
     found = file.stat()
     return file.name, found.st_size, found.st_mtime_ns
 
 
-def load(file: Path, expected: pa.Schema) -> Kept:
+def load(file: Place, expected: pa.Schema) -> Kept:
     """Return what is kept in a file: nothing where it is missing, damaged, or of a version with other columns."""
     nothing = Kept(expected.empty_table())
     try:
-        with pa.OSFile(str(file)) as source:
+        # mapped, so that columns which nobody asks for are never read; a file is replaced, not changed, while it is
+        with local_copy(file) as copy, pa.memory_map(str(copy)) as source:
             rows = pa.ipc.open_file(source).read_all()
         notes = rows.schema.metadata
         if notes[b"format"] != _FORMAT.encode() or any(column not in rows.schema for column in expected):
@@ -61,7 +64,7 @@ def load(file: Path, expected: pa.Schema) -> Kept:
     return Kept(rows.replace_schema_metadata(None), spans) if start == len(rows) else nothing
 
 
-def save(file: Path, parts: Mapping[Stamp, int], rows: pa.Table) -> None:
+def save(file: Place, parts: Mapping[Stamp, int], rows: pa.Table) -> None:
     """Keep rows, where the disk can be written.
 
     Args:
@@ -75,8 +78,7 @@ def save(file: Path, parts: Mapping[Stamp, int], rows: pa.Table) -> None:
     rows = rows.combine_chunks().replace_schema_metadata({"format": _FORMAT, "files": files})
 
     def write(place: Path) -> None:
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_file(sink, rows.schema, options=options) as writer:
+        with pa.OSFile(str(place), "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
             writer.write_table(rows)
 
     with contextlib.suppress(OSError):  # somebody else's directory: reading it again takes longer, that is all

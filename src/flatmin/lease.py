@@ -1,4 +1,8 @@
-"""The lease: one driver owns a results directory, and only its workers may commit."""
+"""The lease: one driver owns a results directory, and only its workers may commit.
+
+In a bucket it is written by conditional puts, each in place of the version that was read last: of two drivers that find
+an expired lease one gets it, and an owner that was away too long learns at its next beat that it is one no more.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any
 
+from flatmin.bucket import BucketPath, Changed, Tag
 from flatmin.errors import LeaseLost, ResultsError
 from flatmin.results import Results, now, write_atomically
 
@@ -37,6 +42,7 @@ class Lease:
     max_failures: int = 0
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     lost: bool = False
+    _seen: Tag | None = None
 
     def __enter__(self) -> Lease:
         """Take the lease.
@@ -44,7 +50,7 @@ class Lease:
         Raises:
             ResultsError: Another driver holds it and is alive.
         """
-        held = read(self.results)
+        held, self._seen = _read(self.results)
         if held and alive(held):
             age = time.time() - held["heartbeat"]
             raise ResultsError(
@@ -53,7 +59,12 @@ class Lease:
             )
         self._started_at = now().isoformat()
         self._stop = threading.Event()
-        self._write(released=False)
+        try:
+            self._write(released=False)
+        except Changed:  # by another driver; or by ourselves, and the first answer was lost on its way
+            held, self._seen = _read(self.results)
+            if held is None or held["token"] != self.token:
+                raise ResultsError(f"'{self.results.path}' was taken by another driver just now; wait for it") from None
         check(self.results, self.token)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -66,7 +77,8 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if not self.lost:
-            with contextlib.suppress(OSError):  # a full disk: the heartbeat stops, which says the same
+            # a full disk, a bucket that is away or has another owner: the heartbeat stops, which says the same
+            with contextlib.suppress(OSError):
                 self._write(released=True)
 
     def raise_if_lost(self) -> None:
@@ -80,14 +92,15 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            held = read(self.results)
+            held, seen = _read(self.results)
             if held and held["token"] != self.token:
                 self.lost = True
                 return
+            self._seen = seen or self._seen
             try:
                 self._write(released=False)
             except OSError:
-                continue  # a full disk is the trials' to report; the next beat tries again
+                continue  # a full disk is the trials' to report; the next beat tries again, and reads who is the owner
 
     def _write(self, *, released: bool) -> None:
         content = {
@@ -99,19 +112,33 @@ class Lease:
             "max_failures": self.max_failures,
             "released": released,
         }
-        write_atomically(self.results.lease_file, json.dumps(content, indent=2).encode())
+        written, file = json.dumps(content, indent=2).encode(), self.results.lease_file
+        if isinstance(file, BucketPath):
+            self._seen = file.write_if(written, self._seen)
+        else:
+            write_atomically(file, written)
 
 
 def read(results: Results) -> Mapping[str, Any] | None:
     """Return the newest lease, or None when there is none that can be read."""
+    return _read(results)[0]
+
+
+def _read(results: Results) -> tuple[Mapping[str, Any] | None, Tag | None]:
+    """Return the newest lease, and in a bucket which version of the file was read; None where there is none."""
+    file, tag = results.lease_file, None
     try:
-        content = json.loads(results.lease_file.read_text())
+        if isinstance(file, BucketPath):
+            text, tag = file.read_tagged()
+        else:
+            text = file.read_bytes()
+        content = json.loads(text)
         datetime.fromisoformat(content["started_at"])
         kinds = {"token": str, "host": str, "pid": int, "heartbeat": int | float, "max_failures": int, "released": bool}
         whole = all(isinstance(content[name], kind) for name, kind in kinds.items())
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return content if whole else None
+        return None, tag
+    return (content if whole else None), tag
 
 
 def alive(held: Mapping[str, Any]) -> bool:
@@ -137,6 +164,8 @@ def check(results: Results, token: str) -> None:
     """
     held = read(results)
     if held is None:
+        if isinstance(results.path, BucketPath):
+            results.lease_file.stat()  # a bucket that does not answer is no lost lease, and says so itself
         raise LeaseLost(
             f"'{results.path}' holds no lease on {socket.gethostname()}: "
             "every node must see the results directory under the same path"

@@ -1,4 +1,4 @@
-"""Results: the one place that knows what lies where in a results directory, and that writes it.
+"""Results: the one place that knows what lies where in a results directory or bucket, and that writes it.
 
     plan/, models/, epochs/, sharpness/, spectra/, failures/    Parquet, one file per trial (or plan, or attempt)
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
@@ -6,54 +6,64 @@
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
     cache/                                                      what was read before; may be deleted (flatmin.cache)
 
-A file is written under a temporary name and renamed. `models/` is written last: that is the commit, and a
-row elsewhere counts only if its (model_id, trial_id) is in `models/`.
+A file is written under a temporary name and renamed; an object of a bucket is whole from the start
+(`flatmin.bucket`). `models/` is written last: that is the commit, and a row elsewhere counts only if its
+(model_id, trial_id) is in `models/`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flatmin import cache
+from flatmin.bucket import BucketPath, Place
 from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.settings import Argument
 from flatmin.tables import ADDED, SCHEMA_VERSION, TABLES, schema, to_arrow
 
+if TYPE_CHECKING:  # it takes longer to import than a query to answer
+    import pandas as pd
 
-@dataclass(frozen=True)
+_REQUESTS = 16
+"""Files of a bucket that are read at a time."""
+
+
+@dataclass(frozen=True, init=False)
 class Results:
-    """One results directory.
+    """One results directory, in a file system or in a bucket.
 
     Attributes:
-        path: The directory.
+        path: The directory; given as a path or as a URI.
     """
 
-    path: Path
+    path: Place
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", local(self.path))
+    def __init__(self, path: str | Place) -> None:
+        object.__setattr__(self, "path", place(path))
 
     @classmethod
-    def open(cls, path: str | Path) -> Results:
+    def open(cls, path: str | Place) -> Results:
         """Open an existing results directory.
 
         Raises:
             ResultsError: It is missing, is not one, or has another schema.
         """
-        results = cls(local(path))
+        results = cls(path)
+        results.reach()
         if not results.path.is_dir():
             raise ResultsError(f"there is no results directory '{path}'")
         if not results.header_file.exists():
@@ -62,14 +72,15 @@ class Results:
         return results
 
     @classmethod
-    def create(cls, path: str | Path, study: str) -> Results:
+    def create(cls, path: str | Place, study: str) -> Results:
         """Open the results directory of a study, or make it.
 
         Raises:
             ResultsError: It belongs to another study, has another schema, holds something else, or cannot
                 be written.
         """
-        results = cls(local(path))
+        results = cls(path)
+        results.reach()
         if results.header_file.exists():
             header = results.check_schema()
             if header["study"] != study:
@@ -89,29 +100,49 @@ class Results:
         return results
 
     @property
-    def header_file(self) -> Path:
+    def directory(self) -> Path:
+        """The directory.
+
+        Raises:
+            ResultsError: The results are in a bucket.
+        """
+        if isinstance(self.path, BucketPath):
+            raise ResultsError(f"'{self.path}' is in a bucket; copy it to a directory first")
+        return self.path
+
+    def reach(self) -> None:
+        """Raise, after some seconds, when the results are in a bucket that does not answer.
+
+        Raises:
+            ResultsError: It does not.
+        """
+        if isinstance(self.path, BucketPath):
+            self.path.reach()
+
+    @property
+    def header_file(self) -> Place:
         """Where the schema version and the study's name are kept."""
         return self.path / "results.json"
 
     @property
-    def lease_file(self) -> Path:
+    def lease_file(self) -> Place:
         """Where the owner of the directory is kept."""
         return self.path / "lease.json"
 
     @property
-    def study_file(self) -> Path:
+    def study_file(self) -> Place:
         """Where the resolved study is kept."""
         return self.path / "study.yaml"
 
-    def weights_file(self, trial_id: str) -> Path:
+    def weights_file(self, trial_id: str) -> Place:
         """Where a committed trial's weights are."""
         return self.path / "checkpoints" / f"{trial_id}.safetensors"
 
-    def state_file(self, trial_id: str) -> Path:
+    def state_file(self, trial_id: str) -> Place:
         """Where a trial under way keeps what it needs to go on."""
         return self.path / "checkpoints" / f"{trial_id}.state"
 
-    def table_file(self, table: str, name: str) -> Path:
+    def table_file(self, table: str, name: str) -> Place:
         """Where one file of a table is."""
         return self.path / table / f"{name}.parquet"
 
@@ -224,40 +255,64 @@ class Results:
         """Return the failed attempts."""
         return _frame(self.table("failures"))
 
-    def unreadable(self) -> list[tuple[str, Path]]:
+    def unreadable(self) -> list[tuple[str, Place]]:
         """Return the table and path of every file that cannot be read."""
         return [(table, file) for table in TABLES for file, _ in self._scan(table, anew=True)[1]]
 
-    def remove(self, file: Path) -> None:
+    def remove(self, file: Place) -> None:
         """Remove a file if it is there."""
         file.unlink(missing_ok=True)
 
     def clear_temporary(self) -> None:
-        """Remove what interrupted writes have left."""
+        """Remove what interrupted writes have left; in a bucket they leave nothing."""
+        if isinstance(self.path, BucketPath):
+            return
         for file in self.path.rglob("*"):
             if _is_temporary(file):
                 file.unlink(missing_ok=True)
 
-    def _scan(self, table: str, *, anew: bool = False) -> tuple[list[pa.Table], list[tuple[Path, Exception]]]:
+    def _scan(self, table: str, *, anew: bool = False) -> tuple[list[pa.Table], list[tuple[Place, Exception]]]:
         """Return the rows of a table's readable files, and which are not and why; `anew`: open every file."""
-        place, expected = self.path / "cache" / f"{table}.arrow", schema(table)
-        kept = cache.Kept(expected.empty_table()) if anew else cache.load(place, expected)
+        file_of_cache, expected = self.path / "cache" / f"{table}.arrow", schema(table)
+        kept = cache.Kept(expected.empty_table()) if anew else cache.load(file_of_cache, expected)
         good: dict[cache.Stamp, tuple[int, int] | pa.Table] = {}
-        bad: list[tuple[Path, Exception]] = []
-        for file in sorted(file for file in (self.path / table).glob("*.parquet") if file.is_file()):
-            try:
-                known = cache.stamp(file)
-                good[known] = kept.spans[known] if known in kept.spans else _rows_of(file, table, expected)
-            except (pa.ArrowException, OSError, ValueError) as error:
-                bad.append((file, error))
+        bad: list[tuple[Place, Exception]] = []
+        files = sorted(file for file in (self.path / table).glob("*.parquet") if file.is_file())
+        for file, known, found in _each(files, kept.spans, lambda file: _rows_of(file, table, expected)):
+            if known is None:
+                bad.append((file, found))
+            else:
+                good[known] = found
         parts = _parts(kept.rows, good.values(), whole=table != "spectra")
         if not anew and sum(isinstance(found, pa.Table) for found in good.values()) >= cache.WORTH:
             counts = {known: len(found) if isinstance(found, pa.Table) else found[1] for known, found in good.items()}
-            cache.save(place, counts, _joined(parts, table))
+            cache.save(file_of_cache, counts, _joined(parts, table))
         return parts, bad
 
 
-def _rows_of(file: Path, table: str, expected: pa.Schema) -> pa.Table:
+def _each(
+    files: Sequence[Place], spans: Mapping[cache.Stamp, tuple[int, int]], read: Callable[[Place], pa.Table]
+) -> Iterator[tuple[Place, cache.Stamp | None, Any]]:
+    """Yield each file in order, what it is known by, and its rows: where they are in the cache, read anew, or why not.
+
+    A bucket answers a request in some tens of milliseconds, whatever its size, so several are under way at a time.
+    """
+
+    def one(file: Place) -> tuple[Place, cache.Stamp | None, Any]:
+        try:
+            known = cache.stamp(file)
+            return file, known, spans[known] if known in spans else read(file)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            return file, None, error
+
+    if not files or isinstance(files[0], Path):
+        yield from map(one, files)
+        return
+    with ThreadPoolExecutor(_REQUESTS) as threads:
+        yield from threads.map(one, files)
+
+
+def _rows_of(file: Place, table: str, expected: pa.Schema) -> pa.Table:
     """Return the rows of one file.
 
     Raises:
@@ -335,26 +390,31 @@ def _committed(rows: pa.Table, models: pa.Table) -> pa.Table:
     return rows if pc.all(counts).as_py() in (True, None) else rows.filter(counts)
 
 
-def _is_temporary(file: Path) -> bool:
+def _is_temporary(file: Place) -> bool:
     return file.name.startswith(".") and file.suffix == ".tmp"
 
 
-def local(path: str | Path) -> Path:
-    """Return a results path.
+def place(path: str | Place) -> Place:
+    """Return where a path or a URI leads.
 
     Raises:
         ResultsError: It is a URI of a kind that this version cannot use.
     """
+    if isinstance(path, BucketPath):
+        return path
     if "://" in str(path):
-        raise ResultsError(f"'{path}': results go to a directory that every node sees; this version writes no bucket")
+        return BucketPath.parse(str(path))
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ResultsError(f"'{path}': {error}") from None
 
 
-def write_atomically(file: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it."""
+def write_atomically(file: Place, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file whole or not at all: in a file system under a temporary name, flushed to the disk, and renamed."""
+    if isinstance(file, BucketPath):
+        _put(file, content)
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -372,6 +432,16 @@ def write_atomically(file: Path, content: bytes | Callable[[Path], None]) -> Non
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _put(file: BucketPath, content: bytes | Callable[[Path], None]) -> None:
+    if not callable(content):
+        file.write_bytes(content)
+        return
+    with tempfile.TemporaryDirectory(prefix="flatmin-") as folder:
+        written = Path(folder) / file.name
+        content(written)
+        file.write_bytes(written)
 
 
 def now() -> datetime:
