@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from flatmin.errors import RequestError, nearest
 from flatmin.optimizers.compose import Composed, Plain
 from flatmin.optimizers.interface import Evaluation, Step, answered
+from flatmin.optimizers.torch_closures import closures_of, wanted
 from flatmin.optimizers.torch_state import FlatState
 from flatmin.optimizers.torch_step import Closure, Stepped, StepUnderWay
 from flatmin.plugins import optimizer_parts
@@ -137,7 +138,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             work = self._begin(composed, batches=1)
             self._apply(work, answered(work.stepping, lambda _: work.present()))
             return None
-        closures = self._closures(composed, closure)
+        closures = closures_of(self.name, composed, closure)
         shares = [1.0] * len(closures) if weights is None else [float(weight) for weight in weights]
         if len(shares) != len(closures):
             raise RequestError(f"there are {len(closures)} closures but {len(shares)} weights")
@@ -184,7 +185,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         composed = self._composed()
         if self._pending is not None:
             raise RequestError("first_step was called already; second_step comes next")
-        other = RequestError(f"'{self.name}' has no first and second step; it takes {self._wanted(composed)}")
+        other = RequestError(f"'{self.name}' has no first and second step; it takes {wanted(composed)}")
         if composed.second_order or composed.rule.batches > 1 or isinstance(composed.rule, Plain):
             raise other
         if self.bn_updates == "none":
@@ -355,31 +356,6 @@ class TorchOptimizer(torch.optim.Optimizer):
         for parameter in self._trained():
             dtype = torch.promote_types(dtype, parameter.dtype)
         return dtype
-
-    def _wanted(self, composed: Composed) -> str:
-        """Return how a step of this optimizer is called."""
-        takes = composed.rule.batches
-        if takes > 1:
-            kind = "micro-batches" if composed.rule.splits else "batches"
-            return f"{takes} {kind} a step: step([closure_1, ..., closure_{takes}]), one closure per batch"
-        if composed.second_order:
-            return "step(closure), whose closure returns the loss without calling backward"
-        return "step(closure)" if not isinstance(composed.rule, Plain) else "step() or step(closure)"
-
-    def _closures(self, composed: Composed, closure: Closure | Sequence[Closure] | None) -> list[Closure]:
-        takes = composed.rule.batches
-        if closure is None:
-            more = "" if takes > 1 or composed.second_order else ", or first_step and second_step"
-            raise RequestError(f"'{self.name}' takes {self._wanted(composed)}{more}; step() has nothing to evaluate")
-        if callable(closure):
-            if takes > 1:
-                raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given a single closure")
-            return [closure]
-        if not isinstance(closure, Sequence):
-            raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given a {type(closure).__name__}")
-        if not 1 <= len(closure) <= takes:
-            raise RequestError(f"'{self.name}' takes {self._wanted(composed)}; it was given {len(closure)} closures")
-        return list(closure)
 
     def _unscale(self, work: StepUnderWay, scaler: torch.amp.GradScaler, found: Evaluation, number: int) -> bool:
         """Divide a pass's gradients by the scale; return whether all are finite, which the scaler is told too."""

@@ -90,6 +90,16 @@ def dictionary(results: Results | None = None) -> list[Entry]:
     return [entry for table in (*TABLES, *VIEWS) for entry in _entries(table, results)]
 
 
+def names_in(results: Results, table: str) -> list[str]:
+    """Return the names of the columns of a table or view.
+
+    Args:
+        results: A results directory.
+        table: The table or view.
+    """
+    return [column.name for column in _PUBLISHED] if table == "published" else relation(results, table).column_names
+
+
 def as_table(entries: Iterable[Entry]) -> pa.Table:
     """Return the dictionary as rows."""
     names = ("table", "column", "type", "unit", "about")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from flatmin.analysis.association import MeasureCorrelation
 from flatmin.analysis.correlation import Correlations, correlate
 from flatmin.analysis.frames import read_table
 from flatmin.errors import RequestError
 from flatmin.orchestrator.terminal import print_table, short
-from flatmin.results import Results
+from flatmin.results import Results, place
 
 
 def correlate_table(
@@ -37,7 +36,7 @@ def correlate_table(
     Raises:
         RequestError: No such table or column, one that is not numeric, or a filter that cannot be read.
     """
-    if "://" not in table and (Path(table) / "results.json").exists():
+    if (place(table) / "results.json").exists():
         results = Results.open(table)
         models, sharpness = results.models(), results.sharpness()
         if models.empty:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pyarrow.compute as pc
 
+from flatmin.bucket import Place
 from flatmin.errors import RequestError
 from flatmin.orchestrator.inspect import opened
 from flatmin.results import Results
@@ -43,7 +44,7 @@ class Run:
     epochs: Mapping[int, Mapping[str, float]]
 
 
-def export_to(viewer: Viewer, results: Results | str | Path, place: str | Path) -> Path:
+def export_to(viewer: Viewer, results: Results | str | Place, place: str | Path) -> Path:
     """Write the files of another viewer for every trained model; return the folder.
 
     Args:

@@ -105,15 +105,23 @@ class Display:
         self.console.print(text, style="yellow", markup=False, highlight=False)
 
 
+_DAY = 24 * 3600
+_YEAR = 365.25 * _DAY
+
+
 def duration(seconds: float) -> str:
     """Return a time as a person says it.
 
-    >>> duration(42), duration(150), duration(7300)
-    ('42 s', '2 min 30 s', '2 h 1 min')
+    >>> duration(42), duration(150), duration(7300), duration(200_000), duration(3.3e9)
+    ('42 s', '2 min 30 s', '2 h 1 min', '2 days 7 h', '105 years')
     """
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 2 * _DAY:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 2 * _YEAR:
+        return f"{whole // _DAY} days {whole % _DAY // 3600} h"
+    return f"{whole / _YEAR:.0f} years"

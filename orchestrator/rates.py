@@ -4,8 +4,8 @@ With n models still training, a step and a pass over the training set take a + b
 
     sum over epochs of (steps * step(n) + passes * evaluation(n)) + measures * (models measured),
 
-n falling as models end. Uncalibrated rates follow from counts of operations; the constants were read off one core of a
-server (AVX-512), with MLPs on the digits and narrow ResNets on images of 32 x 32.
+n falling as models end. Uncalibrated rates follow from counts of operations and from the constants below, which stand
+for one CPU core; how far off they are has not been measured.
 """
 
 from __future__ import annotations

@@ -32,10 +32,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from flatmin import lease
+from flatmin.bucket import BucketPath, Place, local_copy
 from flatmin.errors import RequestError, ResultsError
 from flatmin.orchestrator.columns import as_table, dictionary
 from flatmin.orchestrator.inspect import opened
-from flatmin.results import Results, local, write_atomically
+from flatmin.results import Results, place, write_atomically
 from flatmin.settings import digest
 from flatmin.tables import SCHEMA_VERSION, TABLES, schema
 
@@ -51,6 +52,9 @@ _IDENTITY = r"^[0-9A-Za-z_-]+$"
 
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 _CHUNK = 1 << 20
+_CHANGED = 0x01 | 0x20 | 0x40
+"""Flags of a file in an archive: encrypted, a patch, strongly encrypted."""
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time that every packed file carries: the earliest that an archive can hold."""
 
@@ -76,7 +80,7 @@ With flatmin-sweep: `flatmin-sweep import FILE.zip --results DIR`, and then quer
 """
 
 
-def export(results: Results | str | Path, path: str | Path, *, weights: bool = False) -> Path:
+def export(results: Results | str | Place, path: str | Path, *, weights: bool = False) -> Path:
     """Pack a results directory into one archive; return its path.
 
     Args:
@@ -93,19 +97,19 @@ def export(results: Results | str | Path, path: str | Path, *, weights: bool = F
         raise RequestError(f"'{path}' is there already; export to another file, or remove it")
     members = _members(results, weights=weights)
     try:
-        write_atomically(path, lambda place: _pack(place, members))
+        write_atomically(path, lambda there: _pack(there, members))
     except OSError as error:
         raise RequestError(f"'{path}' cannot be written: {error.strerror or error}") from None
     return path
 
 
-def _members(results: Results, *, weights: bool) -> dict[str, bytes | Path]:
+def _members(results: Results, *, weights: bool) -> dict[str, bytes | Place]:
     """Return what an archive holds, by name; files that may be large as paths."""
     tables = {table: results.table(table) for table in TABLES}
     manifest = _manifest(results, tables, weights=weights)
     columns = pa.BufferOutputStream()
     pyarrow.csv.write_csv(as_table(dictionary(results)), columns)
-    members: dict[str, bytes | Path] = {
+    members: dict[str, bytes | Place] = {
         "README.md": _readme(results, tables, manifest).encode(),
         MANIFEST: (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode(),
         "columns.csv": columns.getvalue().to_pybytes(),
@@ -168,9 +172,9 @@ def _parquet(rows: pa.Table) -> bytes:
     return content
 
 
-def _pack(place: Path, members: Mapping[str, bytes | Path]) -> None:
+def _pack(archive_file: Path, members: Mapping[str, bytes | Place]) -> None:
     sums = {}
-    with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(archive_file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in sorted(members.items()):
             found = hashlib.sha256()
             with archive.open(_info(name), "w", force_zip64=True) as packed:
@@ -187,8 +191,8 @@ def _info(name: str) -> zipfile.ZipInfo:
     return info
 
 
-def _chunks_of(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened_file:
+def _chunks_of(file: Place) -> Iterator[bytes]:
+    with local_copy(file) as copy, copy.open("rb") as opened_file:
         yield from _chunks(opened_file)
 
 
@@ -211,7 +215,9 @@ def import_study(path: str | Path, results: str | Path) -> Results:
         RequestError: There is no such archive, the directory holds something, or a file in the archive is missing,
             damaged, compressed or does not belong there; it is named.
     """
-    path, target = Path(path), local(results)
+    path, target = Path(path), place(results)
+    if isinstance(target, BucketPath):
+        raise RequestError(f"'{results}': an archive is unpacked into a directory; copy that to the bucket")
     if not path.is_file():
         raise RequestError(f"there is no archive '{path}'")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -226,7 +232,7 @@ def import_study(path: str | Path, results: str | Path) -> Results:
     try:
         _unpack(path, Results(staging))
         staging.replace(target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError) as error:
         raise RequestError(f"'{path}' is damaged, or not a zip archive: {error}") from None
     except OSError as error:
         raise ResultsError(f"'{results}' cannot be written: {error.strerror or error}") from None
@@ -284,7 +290,8 @@ class _Archive:
                 raise self.wrong(name, "does not belong in an exported study")
             if name in names:
                 raise self.wrong(name, "is in it twice")
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+            if not stored or info.flag_bits & _CHANGED:
                 raise self.wrong(name, "is compressed or encrypted; an exported study's files are neither")
             names.append(name)
         if sum(info.file_size for info in self.archive.infolist()) > self.path.stat().st_size:
@@ -335,15 +342,22 @@ class _Archive:
         return rows
 
 
+def _zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except NotImplementedError as error:  # a file's version, of which the directory alone tells
+        raise zipfile.BadZipFile(str(error)) from None
+
+
 def _unpack(path: Path, results: Results) -> None:
-    with zipfile.ZipFile(path) as opened_archive:
+    with _zip(path) as opened_archive:
         archive = _Archive(path, opened_archive)
         names = archive.check()
         manifest = archive.manifest()
         header = manifest["results"] if manifest["weights"] else {**manifest["results"], "weights": False}
-        results.header_file.write_text(json.dumps(header, indent=2), encoding="utf-8")
+        results.header_file.write_text(json.dumps(header, indent=2))
         if manifest["lease"]:
-            results.lease_file.write_text(json.dumps(manifest["lease"], indent=2), encoding="utf-8")
+            results.lease_file.write_text(json.dumps(manifest["lease"], indent=2))
         if "study.yaml" in names:
             results.study_file.write_bytes(archive.read("study.yaml"))
         for table in TABLES:
@@ -355,7 +369,8 @@ def _unpack(path: Path, results: Results) -> None:
         for name in names:
             weights = _WEIGHTS.fullmatch(name)
             if weights:
-                with opened_archive.open(name) as packed, results.weights_file(weights[1]).open("wb") as file_there:
+                place_of = results.directory / "checkpoints" / Path(name).name
+                with opened_archive.open(name) as packed, place_of.open("wb") as file_there:
                     shutil.copyfileobj(packed, file_there, _CHUNK)
 
 

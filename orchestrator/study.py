@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -12,10 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from flatmin.errors import RequestError, StudyError, nearest
+from flatmin.errors import RequestError, RequestWarning, StudyError, nearest
 from flatmin.labels import parse_label, split_list
 from flatmin.orchestrator.document import Document, Place, load, parse
-from flatmin.orchestrator.grid import MOST_MODELS, Where, expand
+from flatmin.orchestrator.grid import MOST_MODELS, NAMES, Where, expand
 from flatmin.orchestrator.selection import selected
 from flatmin.orchestrator.study_file import StudyFile, with_measures, with_seeds, with_value
 from flatmin.orchestrator.study_problems import study_file
@@ -131,7 +132,10 @@ def read_study(
     if file is None or (small and problems and file.small is None):
         raise StudyError(list(dict.fromkeys(problems)))
     where = _Where(document, small=small)
-    file = _override(file.twin() if small else file, overrides, where, problems)
+    file = file.twin() if small else file
+    if not only:
+        _warn_of_mixed_recipes(file, overrides)
+    file = _override(file, overrides, where, problems)
     expansion = expand(file, where, problems, at_most)
     labels = _labels(file, where, problems)
     if file.small is not None:
@@ -214,6 +218,21 @@ class _Where:
             return f"command line: {name}"
         of_twin = ("small", *place)
         return self.document.where(of_twin if self.small and of_twin in self.document.lines else place)
+
+
+def _warn_of_mixed_recipes(file: StudyFile, overrides: Sequence[str]) -> None:
+    """Warn where one data set, network or optimizer is asked of cases that are recipes for several."""
+    for name in (text.partition("=")[0].strip() for text in overrides):
+        if name not in NAMES:
+            continue
+        own = {str(case.settings.get(name) or case.axes.get(name)) for case in file.cases}
+        if len(own - {"None"}) > 1:
+            warnings.warn(
+                f"command line: {name}: the cases of this study are recipes for different ones, and all of them get "
+                f"this one; to run a part of the study as it is, say --only {name}=...",
+                RequestWarning,
+                stacklevel=3,
+            )
 
 
 def _override(file: StudyFile, overrides: Sequence[str], where: _Where, problems: list[str]) -> StudyFile:

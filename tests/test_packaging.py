@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -149,18 +150,30 @@ class Installed:
         return run([str(self.binaries / command[0]), *command[1:]], cwd=self.elsewhere, env=environment)
 
 
-@pytest.fixture(scope="module")
-def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-    """Install the wheel with everything it declares and nothing else, as a user's `pip install` does."""
+@pytest.fixture(scope="module", params=["lent", pytest.param("declared", marks=pytest.mark.slow)])
+def installed(
+    built: Built, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Installed]:
+    """Install the wheel in an environment of its own, as a user's `pip install` does.
+
+    What it needs is lent by the environment of the tests, or is what it declares and nothing else, which takes minutes.
+    """
     place = tmp_path_factory.mktemp("installed")
     binaries, elsewhere = place / "venv" / "bin", place / "elsewhere"
     elsewhere.mkdir()
     for folder in FOLDERS:
         (elsewhere / f"{folder}.py").write_text("raise RuntimeError('this is the user\\'s own module')\n")
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [str(binaries / "python"), "-m", "pip", "install", "--quiet", str(built.wheel)]
     try:
         venv.create(place / "venv", with_pip=True)
-        run([str(binaries / "python"), "-m", "pip", "install", "--quiet", str(built.wheel)], env=clean)
+        if request.param == "declared":
+            run(install, env=clean)
+            run([str(binaries / "python"), "-m", "pip", "check"], env=clean)
+        else:
+            run([*install, "--no-deps", "--no-index"], env=clean)
+            (packages,) = (place / "venv").glob("lib/python*/site-packages")
+            (packages / "lent.pth").write_text(sysconfig.get_path("purelib"))
         yield Installed(binaries, elsewhere)
     finally:
         shutil.rmtree(place)  # gigabytes, which pytest would keep
@@ -171,4 +184,3 @@ def test_a_clean_installation_works_beside_modules_of_the_same_names(installed: 
     assert "digits-double-descent" in {study["name"] for study in studies}
     found = installed.run("python", "-c", "import flatmin.analysis; print(flatmin.analysis.__file__)").stdout
     assert Path(found.strip()).is_relative_to(installed.binaries.parent)
-    installed.run("python", "-m", "pip", "check")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flatmin.bucket import local_copy
 from flatmin.errors import ResultsError
 from flatmin.results import Results, write_atomically
 from flatmin.stack import StackedNetwork
@@ -26,7 +27,7 @@ def save_state(results: Results, trainer: StackTrainer) -> None:
     state = {
         "model_ids": [model.model_id for model in trainer.trial.models],
         "progress": {f.name: getattr(trainer.progress, f.name) for f in dataclasses.fields(Progress)},
-        "outcomes": [dataclasses.asdict(outcome) for outcome in trainer.outcomes],
+        "outcomes": [vars(outcome) for outcome in trainer.outcomes],
     }
     write_atomically(results.state_file(trainer.trial.trial_id), lambda file: torch.save(state, file))
 
@@ -40,7 +41,8 @@ def restore_state(results: Results, trainer: StackTrainer) -> bool:
     if not file.exists():
         return False
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        with local_copy(file) as copy:
+            state: dict[str, Any] = torch.load(copy, map_location="cpu", weights_only=True)
         if state["model_ids"] != [model.model_id for model in trainer.trial.models]:
             raise ValueError("other models, or in another order")
         outcomes = [Outcome(**outcome) for outcome in state["outcomes"]]
@@ -80,7 +82,7 @@ def load_weights(
     """
     file = results.weights_file(trial.trial_id)
     try:
-        with safe_open(file, framework="pt", device=str(device)) as saved:
+        with local_copy(file) as copy, safe_open(copy, framework="pt", device=str(device)) as saved:
             hashes = json.loads(saved.metadata()["init_hash"])
             rows, buffers = [], []
             for model in trial.models:

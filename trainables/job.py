@@ -34,6 +34,7 @@ from flatmin.trainables.measures import (
     measure_ended,
     measure_saved,
     measure_under_way,
+    points_of,
 )
 from flatmin.trainables.ranks import Ranks
 from flatmin.trainables.stand_ins import stand_in_root
@@ -49,7 +50,7 @@ def run(job: Job) -> Generator[int]:
         LeaseLost: Another driver owns the results now; nothing was committed.
         FlatminError: The data or the weights cannot be used; or a measure failed, and all else is committed.
     """
-    results = Results(Path(job.results))
+    results = Results(job.results)
     job = replace(job, trial=_left(results, job.trial))
     if job.trial.committed_as:
         job = replace(job, execution=replace(job.execution, processes_per_model=1))
@@ -200,14 +201,16 @@ def _differing(trial: Trial, params: Tensor, hashes: Sequence[str]) -> dict[int,
 
 def _write_measured(results: Results, name: str, trainer: StackTrainer) -> None:
     """Write curves first: the rows of `sharpness` say that a measure is done."""
-    spectra = _rows(trainer, "spectra")
-    if spectra:
-        results.write("spectra", name, spectra)
+    curves = _rows(trainer, "spectra")
+    if curves:
+        ids = ("model_id", "trial_id")
+        points = ({**{k: curve[k] for k in ids}, **point} for curve in curves for point in points_of(curve))
+        results.write("spectra", name, points)
     results.write("sharpness", name, _rows(trainer, "sharpness"))
 
 
 def _rows(trainer: StackTrainer, table: str) -> list[dict[str, Any]]:
-    """Return what the outcomes of a trial's models hold for a table, with their ids."""
+    """Return what the outcomes of a trial's models hold for a table, with their ids; of `spectra`, whole curves."""
     trial = trainer.trial
     return [
         {"model_id": model.model_id, "trial_id": trial.trial_id, **row}

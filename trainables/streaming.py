@@ -8,7 +8,6 @@ order seed, epoch and image alone. Each thread of the trial has a worker process
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms import functional
 
 from flatmin.errors import DataError
-from flatmin.stack.streams import bits_at
 
 CROPPED_WHILE_READ = "random_resized_crop_flip"
 """The augmentation that needs the whole image, which is at hand only while it is read."""
 
-RESIZE, SIZE = 256, 224
-_SCALE, _RATIO, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
-_DRAWS = 2 * _TRIES + 3
+SIZE = 224
+"""Pixels on a side of what is read."""
+
+_VIEWS = "flatmin.trainables.views"
 
 
 class Images:
@@ -60,13 +58,15 @@ class Images:
         Raises:
             DataError: The file is no image, or damaged.
         """
+        from flatmin.trainables import views  # torchvision, which takes as long to load as torch
+
         path = self._files[number].decode()
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}", "put a whole copy of it there") from None
-        return [functional.pil_to_tensor(_centre(image) if key is None else _part(image, key, number)) for key in keys]
+        return [views.centre(image) if key is None else views.part(image, key, number) for key in keys]
 
     def __getitem__(self, numbers: Tensor) -> Tensor:
         """Return the centres of images `[...]` as uint8 `[..., 3, 224, 224]`, on the device of the numbers."""
@@ -124,7 +124,7 @@ def windows(images: Images, steps: Sequence[Tensor], keys: Sequence[int], device
     """
     # not "fork": the process has threads, of Ray and of CUDA. One server loads torch, and each worker is a fork of it
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
+    context.set_forkserver_preload(["__main__", _VIEWS])
     loader = DataLoader(
         _Reads(images, tuple(keys)),
         batch_sampler=_Steps(steps),
@@ -175,30 +175,3 @@ class _Reads(torch.utils.data.Dataset[Tensor]):
 
 def _unchanged(read: Any) -> Any:
     return read
-
-
-def _centre(image: Image.Image) -> Image.Image:
-    centre: Image.Image = functional.center_crop(functional.resize(image, RESIZE), SIZE)
-    return centre
-
-
-def _part(image: Image.Image, key: int, number: int) -> Image.Image:
-    index = number * _DRAWS + torch.arange(_DRAWS)
-    draws = ((bits_at(torch.tensor(key), index) >> 11 & (1 << 53) - 1).double() * 2.0**-53).tolist()
-    top, left, height, width = random_window(image.height, image.width, draws)
-    part: Image.Image = functional.resized_crop(image, top, left, height, width, [SIZE, SIZE])
-    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < 0.5 else part
-
-
-def random_window(height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a random part; the centre where ten tries are too large."""
-    logs = [math.log(ratio) for ratio in _RATIO]
-    for area, shape in zip(draws[0 : 2 * _TRIES : 2], draws[1 : 2 * _TRIES : 2], strict=True):
-        pixels = height * width * (_SCALE[0] + area * (_SCALE[1] - _SCALE[0]))
-        ratio = math.exp(logs[0] + shape * (logs[1] - logs[0]))
-        w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(draws[-3] * (height - h + 1)), int(draws[-2] * (width - w + 1)), h, w
-    w = min(width, round(height * _RATIO[1]))
-    h = min(height, round(width / _RATIO[0]))
-    return (height - h) // 2, (width - w) // 2, h, w

@@ -121,7 +121,7 @@ def _follow(stdin: IO[bytes]) -> None:
     ranks = Ranks(rank, job.execution.processes_per_model)
     _join(job, ranks, TCPStore(_HOST, port, ranks.size, is_master=False))
     trainer = trainer_of(job, ranks)
-    if resumed and not restore_state(Results(Path(job.results)), trainer):
+    if resumed and not restore_state(Results(job.results), trainer):
         raise FlatminError("the checkpoint that the first process goes on from cannot be read")
     for _ in trainer.train():
         pass

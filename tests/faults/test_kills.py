@@ -67,11 +67,11 @@ def assert_same(path: Path, expected: list[pd.DataFrame]) -> None:
     assert not list(path.rglob(".*.tmp")), "nothing is left half written"
 
 
-def start(study: Path, results: Path) -> subprocess.Popen[str]:
-    """Launch a sweep on a private Ray, with a checkpoint every 0.2 s."""
+def start(study: Path, results: Path, *options: str) -> subprocess.Popen[str]:
+    """Launch a sweep on a private Ray unless told otherwise, with a checkpoint every 0.2 s."""
     command = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(study), "--results", str(results)]
     return subprocess.Popen(
-        [*command, "--checkpoint-every", "0.2s"],
+        [*command, "--checkpoint-every", "0.2s", *options],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
@@ -173,17 +173,17 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(
     assert first.returncode == 130, said
     assert "run the same command to go on" in said
     assert "Traceback" not in said
-    second = start(study, tmp_path / "r")
+    second = start(study, tmp_path / "r", "--inline")
     with no_process_left(second):
         finish(second)
     assert_same(tmp_path / "r", undisturbed)
 
 
 def test_a_second_driver_is_refused_while_the_first_one_lives(study: Path, tmp_path: Path) -> None:
-    first = start(study, tmp_path / "r")
+    first = start(study, tmp_path / "r", "width=4")
     with no_process_left(first):
         wait_for(lambda: (tmp_path / "r" / "lease.json").exists(), first)
-        second = start(study, tmp_path / "r")
+        second = start(study, tmp_path / "r", "width=4")
         _, said = second.communicate(timeout=TIMEOUT)
         assert second.returncode == 2
         assert f"in use by process {first.pid}" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,6 +19,12 @@ from flatmin.stack import Streams, stream_key
 
 FLOAT = torch.float64
 
+SHAPES = [(2, 3, 2), (3, 2), (4,), ()]
+"""Filters of six, rows of two, a bias of four, a lone number."""
+
+SIZES = [math.prod(shape) for shape in SHAPES]
+D = sum(SIZES)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -30,6 +37,10 @@ def one_thread() -> Iterator[None]:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=FLOAT)
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=FLOAT)[:, None]
 
 
 class Problem(Protocol):

@@ -253,7 +253,7 @@ def test_a_large_study_that_is_meant(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    assert "30 models in 1 trials" in capsys.readouterr().out
+    assert "30 models in 1 trial of 30 models" in capsys.readouterr().out
 
 
 def test_a_case_may_say_what_the_study_says(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from flatmin.errors import RequestWarning
 from flatmin.labels import parse_label
 from flatmin.orchestrator.cli_studies import studies
 from flatmin.orchestrator.estimate import estimate
@@ -243,3 +244,10 @@ def test_every_optimizer_has_the_same_budget() -> None:
     models = settings(read("digits-optimizers"))
     assert set(Counter(model["optimizer"] for model in models).values()) == {36}
     assert all(model["val_size"] == 200 for model in models)
+
+
+def test_one_recipe_for_cases_of_several_is_warned_of() -> None:
+    with pytest.warns(RequestWarning, match="dataset: the cases of this study are recipes for different ones"):
+        read_study("lpf-optimizers", ["dataset=cifar10"])
+    assert read_study("lpf-optimizers", only=["dataset=cifar10"]).models
+    assert read_study("lpf-optimizers", ["epochs=1"], small=True).models

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from tests.orchestrator.conftest import Command
 
 from flatmin.orchestrator.launch import LaunchOptions, launch
 
@@ -52,7 +53,7 @@ def results(study: Path) -> Path:
         ("plan STUDY width=-1", "width: -1: should be greater than or equal to 1"),
         ("plan STUDY width=", "an axis needs at least one value"),
         ("plan STUDY --models-per-trial 0", "--models-per-trial 0: should be a number from 1 on, or auto"),
-        ("launch STUDY --results s3://b/x", "writes no bucket"),
+        ("launch STUDY --results s4://b/x", "s3://BUCKET/NAME"),
         ("launch STUDY --results R --time-budget soon", "--time-budget soon: not a time; write 90s, 30m, 2h or 1d"),
         ("launch STUDY --results R --max-failures -1", "greater than or equal to 0"),
         ("launch digits-sharpness --results RESULTS", "holds the study 'tiny', not 'digits-sharpness'"),
@@ -68,34 +69,44 @@ def results(study: Path) -> Path:
     ],
 )
 def test_wrong_requests_exit_with_2_and_say_what_is_possible(
-    arguments: str, said: str, study: Path, results: Path, tmp_path: Path
+    arguments: str,
+    said: str,
+    study: Path,
+    results: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flatmin_sweep: Command,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     words = [word.replace("STUDY", str(study)).replace("RESULTS", str(results)) for word in arguments.split()]
-    done = cli(*words, cwd=tmp_path)
+    done = flatmin_sweep(*words)
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    assert done.stdout == b""
 
 
-def test_an_older_schema_is_refused(study: Path, tmp_path: Path) -> None:
+def test_an_older_schema_is_refused(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flatmin_sweep: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "results.json").write_text('{"schema": 0, "study": "tiny"}')
     for arguments in (["launch", str(study), "--results", "old"], ["status", "--results", "old"]):
-        done = cli(*arguments, cwd=tmp_path)
+        done = flatmin_sweep(*arguments)
         assert done.returncode == 2
         assert "written with an older schema (0; this version reads 1)" in done.stderr
 
 
-def test_json_goes_to_stdout_and_holds_the_documented_keys(study: Path, results: Path) -> None:
-    plan = json.loads(cli("plan", str(study), "--json").stdout)
+def test_json_goes_to_stdout_and_holds_the_documented_keys(study: Path, results: Path, flatmin_sweep: Command) -> None:
+    plan = json.loads(flatmin_sweep("plan", str(study), "--json").stdout)
     ranges = {"device_seconds_low", "device_seconds_high", "wall_seconds", "calibrated"}
     assert set(plan) == {"study", "models", "trials", "bytes", "device_seconds", *ranges}
     assert set(plan["trials"][0]) == {"trial_id", "model_ids", "settings"}
     assert sum(len(trial["model_ids"]) for trial in plan["trials"]) == len(plan["models"]) == 8
     assert plan["bytes"] > 0
     assert plan["device_seconds"] > 0
-    status = json.loads(cli("status", "--results", str(results), "--json").stdout)
+    status = json.loads(flatmin_sweep("status", "--results", str(results), "--json").stdout)
     assert {name: status[name] for name in ("planned", "finished", "failed", "remaining", "eta_seconds")} == {
         "planned": 8,
         "finished": 8,
@@ -103,19 +114,19 @@ def test_json_goes_to_stdout_and_holds_the_documented_keys(study: Path, results:
         "remaining": 0,
         "eta_seconds": 0.0,
     }
-    studies = json.loads(cli("studies", "--json").stdout)
+    studies = json.loads(flatmin_sweep("studies", "--json").stdout)
     assert all(set(row) == {"name", "models", "source", "about"} for row in studies)
-    found = json.loads(cli("correlate", str(results), "--json").stdout)
+    found = json.loads(flatmin_sweep("correlate", str(results), "--json").stdout)
     assert set(found) == {"target", "axes", "n", "dropped", "measures"}
     assert found["measures"]["lambda_max"]["n_configs"] == 4
 
 
-def test_query_formats(results: Path) -> None:
+def test_query_formats(results: Path, flatmin_sweep: Command) -> None:
     sql = "SELECT width, seed FROM models ORDER BY width, seed LIMIT 3"
     expected = [(2, 0), (2, 1), (4, 0)]
-    csv = cli("query", "--results", str(results), sql, "--format", "csv").stdout
-    assert csv == "width,seed\n2,0\n2,1\n4,0\n"
-    rows = json.loads(cli("query", "--results", str(results), sql, "--format", "json").stdout)
+    csv = flatmin_sweep("query", "--results", str(results), sql, "--format", "csv").stdout
+    assert csv == b"width,seed\n2,0\n2,1\n4,0\n"
+    rows = json.loads(flatmin_sweep("query", "--results", str(results), sql, "--format", "json").stdout)
     assert [(row["width"], row["seed"]) for row in rows] == expected
     raw = subprocess.run(
         [sys.executable, "-m", "flatmin.orchestrator", "query", "--results", str(results), sql, "--format", "parquet"],
@@ -136,10 +147,13 @@ def test_a_truncated_file_is_a_warning_to_readers(study: Path, tmp_path: Path) -
     assert done.stderr.count("cannot be read") == 1
 
 
-def test_correlate_works_on_anybodys_table(tmp_path: Path) -> None:
+def test_correlate_works_on_anybodys_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flatmin_sweep: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
     frame = pd.DataFrame({"depth": [1, 1, 2, 2, 3, 3, 4, 4], "seed": [0, 1] * 4, "gap": range(8), "flat": range(8)})
     frame.to_csv(tmp_path / "t.csv", index=False)
-    done = cli("correlate", "t.csv", "--target", "gap", "--measures", "flat", "--axes", "depth", "--json", cwd=tmp_path)
+    done = flatmin_sweep("correlate", "t.csv", "--target", "gap", "--measures", "flat", "--axes", "depth", "--json")
     assert json.loads(done.stdout)["measures"]["flat"]["tau"] == 1.0
 
 
@@ -177,12 +191,15 @@ def test_doctor_names_every_check() -> None:
     assert done.returncode == 0
 
 
-def test_time_budget_ends_a_ray_launch_with_3_and_the_next_goes_on(study: Path, tmp_path: Path) -> None:
+def test_time_budget_ends_a_ray_launch_with_3_and_the_next_goes_on(
+    study: Path, tmp_path: Path, flatmin_sweep: Command
+) -> None:
     arguments = ["launch", str(study), "epochs=400", "width=8,16", "--results", str(tmp_path / "r")]
     done = cli(*arguments, "--time-budget", "4s")
     assert done.returncode == 3, done.stderr
     assert "the time budget is spent" in done.stderr
-    assert cli(*arguments).returncode == 0
+    resumed = flatmin_sweep(*arguments, "--inline")
+    assert resumed.returncode == 0, resumed.stderr
 
 
 def test_python_warnings_do_not_reach_the_user(study: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from flatmin.errors import RequestError
 from flatmin.orchestrator.cli import app
 from flatmin.orchestrator.correlate import correlate_table
 
@@ -72,8 +71,3 @@ def test_the_tables_show_the_ranking_with_its_controls(table: pd.DataFrame, tmp_
     assert per_axis.split("\n")[1].split() == ["flat", "1.000", "(2)", "0.000", "(6)"]
     assert "seeds_to_halve" in more
     assert shown.endswith("docs/statistics.md\n")
-
-
-def test_a_bucket_is_not_read_yet() -> None:
-    with pytest.raises(RequestError, match=r"s3://bucket/t\.parquet: tables in a bucket cannot be read yet"):
-        correlate_table("s3://bucket/t.parquet")

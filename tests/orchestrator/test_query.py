@@ -6,64 +6,24 @@ import csv
 import json
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from io import BytesIO, StringIO
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.orchestrator.conftest import Command, fill
 
-from flatmin import Results, cache, plugins
+from flatmin import Results, plugins
 from flatmin.analysis import frames
-from flatmin.errors import CorruptFileWarning, RequestError
-from flatmin.orchestrator.cli import main
+from flatmin.errors import RequestError
 from flatmin.orchestrator.columns import WITH_SETTINGS, dictionary, markdown
 from flatmin.orchestrator.formats import MOST_SHOWN
 from flatmin.orchestrator.inspect import VIEWS, query, rows_of
 from flatmin.tables import COLUMNS, TABLES
 
 ROOT = Path(__file__).parents[2]
-NAMES = {"dataset": "digits", "network": "mlp", "optimizer": "sgd"}
-
-
-def fill(path: Path, trials: int = 3, epochs: int = 4) -> Results:
-    """Write results of two models per trial, without training; one measure also under way, one of one model only."""
-    results = Results.create(path, "made-up")
-    arguments = plugins.program_arguments(NAMES)
-    started = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    for number in range(trials):
-        trial, models = f"t{number:05d}", [f"m{number:05d}{place}" for place in "ab"]
-        key = [{"model_id": model, "trial_id": trial} for model in models]
-        settings = {**NAMES, "lr": 0.1 * (number + 1), "width": 8 * (number + 1), "milestones": (2, 3)}
-        rows = [{**of, "study": "made-up", "epochs_run": epochs, "started_at": started, **settings} for of in key]
-        scores = {"status": "finished", "test_acc": 0.5 + number / 1000, "gen_gap": number / 100}
-        results.write("models", trial, [{**row, **scores} for row in rows], arguments)
-        planned = {"study": "made-up", "planned_at": started, **settings}
-        results.write("plan", f"p{number}", [{"model_id": model, **planned} for model in models], arguments)
-        of_epochs = [
-            {**of, "epoch": epoch, "train_loss": 1 / epoch + number} for of in key for epoch in range(1, epochs + 1)
-        ]
-        results.write("epochs", trial, of_epochs)
-        measured = [
-            {
-                **of,
-                "epoch": epoch,
-                "measure": "lpf",
-                "label": "lpf(sigma=0.1)",
-                "value": epoch + number,
-                "settings": "{}",
-            }
-            for of in key
-            for epoch in (2, epochs)
-        ]
-        one = {**key[0], "epoch": epochs, "measure": "l2_norm", "label": "l2_norm", "value": -1.5, "settings": "{}"}
-        results.write("sharpness", trial, [*measured, one])
-    return results
 
 
 @pytest.fixture(scope="module")
@@ -71,30 +31,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return fill(tmp_path_factory.mktemp("query") / "r")
 
 
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: bytes
-    stderr: str
-
-
-Command = Callable[..., Done]
-
-
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]) -> Command:
+def command(flatmin_sweep: Command) -> Command:
     """Return a function that runs `flatmin-sweep query` in this process."""
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr("sys.argv", ["flatmin-sweep", "query", *arguments])
-        monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        sys.stdout.flush()
-        out, err = capfdbinary.readouterr()
-        return Done(int(ended.value.code or 0), out, err.decode())
-
-    return run
+    return partial(flatmin_sweep, "query")
 
 
 WRITING = {
@@ -126,11 +66,11 @@ WRITING = {
 
 @pytest.mark.parametrize("sql", WRITING)
 def test_a_query_only_reads_and_sees_nothing_but_the_tables(sql: str, results: Results, tmp_path: Path) -> None:
-    before = sorted(results.path.rglob("*"))
+    before = sorted(results.directory.rglob("*"))
     with pytest.raises(RequestError, match=WRITING[sql]):
         query(results, sql.replace("FILE", str(tmp_path / "written")))
     assert not list(tmp_path.iterdir())
-    assert sorted(results.path.rglob("*")) == before
+    assert sorted(results.directory.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -290,78 +230,6 @@ def test_wide_is_the_models_joined_to_the_measures_at_their_end(results: Results
     assert frame["lpf(sigma=0.1)"].tolist() == [4.0, 4.0, 5.0, 5.0, 6.0, 6.0]
     assert frame["l2_norm"].isna().tolist() == [False, True] * 3
     assert query(results, "SELECT * FROM wide")["width"].dtype == "int64"
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return fill(tmp_path_factory.mktemp("many") / "r", trials=cache.WORTH + 1, epochs=2)
-
-
-class TestCache:
-    """What was read before is read from one file, and is what reading anew gives."""
-
-    @pytest.fixture(autouse=True)
-    def _no_cache(self, many: Results) -> None:
-        for file in (many.path / "cache").glob("*"):
-            file.unlink()
-
-    @staticmethod
-    def anew(results: Results, table: str) -> pa.Table:
-        return pa.concat_tables([pq.read_table(file) for file in sorted((results.path / table).glob("*.parquet"))])
-
-    @pytest.mark.parametrize("table", ["models", "epochs", "sharpness"])
-    def test_same_rows(self, many: Results, table: str) -> None:
-        expected = self.anew(many, table)
-        assert many.read(table).equals(expected)
-        assert (many.path / "cache" / f"{table}.arrow").exists()
-        assert many.read(table).equals(expected)
-
-    def test_no_file_is_opened_again(self, many: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-        expected = many.read("epochs")
-        monkeypatch.setattr("flatmin.results._rows_of", None)
-        assert many.read("epochs").equals(expected)
-
-    def test_new_changed_and_removed_files_are_seen(self, many: Results) -> None:
-        before = many.read("epochs")
-        key = {"model_id": "m00000a", "trial_id": "t00000"}
-        many.write("epochs", "t00000", [{**key, "epoch": 77}])
-        many.write("epochs", "t00033-more", [{**key, "epoch": 78}])
-        file = many.table_file("epochs", "t00064")
-        content = file.read_bytes()
-        file.unlink()
-        try:
-            assert many.read("epochs").equals(self.anew(many, "epochs"))
-            assert {77, 78} < set(many.read("epochs")["epoch"].to_pylist())
-            assert len(many.read("epochs")) == len(before) - 4 - 4 + 2
-        finally:
-            file.write_bytes(content)
-
-    def test_a_file_that_is_damaged_later_is_left_out(self, many: Results) -> None:
-        rows = len(many.read("models"))
-        file = many.table_file("models", "t00005")
-        content = file.read_bytes()
-        file.write_bytes(content[:-9])
-        with pytest.warns(CorruptFileWarning, match="t00005"):
-            assert len(many.read("models")) == rows - 2
-        assert many.unreadable() == [("models", file)]
-        file.write_bytes(content)
-        assert len(many.read("models")) == rows
-
-    @pytest.mark.parametrize("damage", [b"", b"ARROW1 and nothing else"])
-    def test_a_damaged_cache_is_made_again(self, many: Results, damage: bytes) -> None:
-        expected = many.read("models")
-        file = many.path / "cache" / "models.arrow"
-        file.write_bytes(damage)
-        assert many.read("models").equals(expected)
-        assert file.stat().st_size > 1000
-
-    def test_a_directory_that_cannot_be_written_is_read_all_the_same(self, many: Results, tmp_path: Path) -> None:
-        (many.path / "cache").rename(tmp_path / "aside")
-        (many.path / "cache").write_text("in the way")
-        try:
-            assert len(many.read("models")) == 2 * (cache.WORTH + 1)
-        finally:
-            (many.path / "cache").unlink()
 
 
 class TestDictionary:

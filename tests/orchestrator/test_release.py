@@ -4,66 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import subprocess
-import sys
-import types
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
+from tests.orchestrator.conftest import INLINE, Command, go, two_widths
 
 import flatmin
 from flatmin import Results
 from flatmin.errors import RequestError, ResultsError
-from flatmin.orchestrator.cli import main
 from flatmin.orchestrator.columns import dictionary
-from flatmin.orchestrator.exporters import export_to
 from flatmin.orchestrator.inspect import query, status
-from flatmin.orchestrator.launch import LaunchOptions, launch, measure
+from flatmin.orchestrator.launch import measure
 from flatmin.orchestrator.release import SUMS, export, import_study
 from flatmin.tables import TABLES
 
-INLINE = LaunchOptions(inline=True)
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return two_widths(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("release") / "tiny.yaml"
-    file.write_text(
-        "study: tiny\nabout: Two widths.\nsource: Nobody 2020\n"
-        "settings: {dataset: digits, network: mlp, optimizer: sgd, lr: 0.05, batch_size: 250, epochs: 2}\n"
-        "axes: {width: [2, 4]}\nseeds: 2\nmeasures: [l2_norm, 'loss_surface(points_per_axis=3)']\n"
-    )
-    return file
-
-
-@pytest.fixture(scope="module")
-def results(study: Path) -> Results:
-    found: Results = go(study, study.parent / "results").results
-    measure(found.path, ["random"], INLINE)
-    for attempt in (1, 2):  # of a model that was trained in the end
-        row = found.table("models").to_pylist()[0]
-        at = {"model_id": row["model_id"], "trial_id": row["trial_id"], "at": row["started_at"]}
-        found.write("failures", f"{row['trial_id']}-{attempt}", [{**at, "attempt": attempt, "error": "lost node"}])
-    return found
+def study(results: Results) -> Path:
+    return results.directory.parent / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
 def packed(results: Results) -> Path:
-    return export(results, results.path.parent / "study.zip")
-
-
-def go(study: Path, path: Path, *overrides: str) -> Any:
-    return launch(str(study), path, overrides, INLINE, Console(quiet=True))
+    return export(results, results.directory.parent / "study.zip")
 
 
 def contents(archive: Path) -> dict[str, bytes]:
@@ -126,8 +100,8 @@ def test_what_is_in_it_can_be_read_without_this_package(results: Results, packed
 def test_a_launch_goes_on_from_an_import(study: Path, packed: Path, tmp_path: Path) -> None:
     again = import_study(packed, tmp_path / "again")
     before = again.models()
-    assert go(study, again.path).trained == 0
-    done = go(study, again.path, "width=2,4,8")
+    assert go(study, again.directory).trained == 0
+    done = go(study, again.directory, "width=2,4,8")
     assert (done.trained, done.remaining) == (2, 0)
     pd.testing.assert_frame_equal(again.models().iloc[:0].reindex(columns=before.columns), before.iloc[:0])
     assert set(before["model_id"]) < set(again.models()["model_id"])
@@ -138,7 +112,7 @@ def test_a_new_measure_of_models_without_weights_trains_them_again(study: Path, 
     with pytest.raises(ResultsError, match="launch the study again, with these measures"):
         measure(again.path, ["margin"], INLINE)
     before = again.models().set_index("model_id")["train_loss"]
-    done = go(study, again.path, "measures=l2_norm,margin")
+    done = go(study, again.directory, "measures=l2_norm,margin")
     assert (done.trained, done.remaining) == (4, 0)
     assert again.wide()["margin"].notna().all()
     pd.testing.assert_series_equal(again.models().set_index("model_id")["train_loss"].loc[before.index], before)
@@ -150,7 +124,7 @@ def test_weights_come_along_where_they_are_asked_for(results: Results, tmp_path:
     for name in files:
         assert (again.path / "checkpoints" / name).read_bytes() == (results.path / "checkpoints" / name).read_bytes()
     assert measure(again.path, ["margin"], INLINE).measured == 4
-    next((again.path / "checkpoints").glob("*.safetensors")).unlink()
+    next((again.directory / "checkpoints").glob("*.safetensors")).unlink()
     with pytest.raises(ResultsError, match=r"\.safetensors' is missing: launch the study again, or export without"):
         export(again, tmp_path / "w2.zip", weights=True)
     assert not (tmp_path / "w2.zip").exists()
@@ -162,7 +136,7 @@ def test_nothing_is_overwritten(results: Results, packed: Path, tmp_path: Path) 
         export(results, packed)
     assert packed.read_bytes() == before
     with pytest.raises(ResultsError, match="is there already; import into another"):
-        import_study(packed, results.path)
+        import_study(packed, results.directory)
     with pytest.raises(RequestError, match="there is no archive"):
         import_study(tmp_path / "nowhere.zip", tmp_path / "r")
     (tmp_path / "r").mkdir()
@@ -270,6 +244,25 @@ def test_bombs_and_other_archives_are_refused(packed: Path, tmp_path: Path) -> N
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (6, 99, r"x\.zip' is damaged, or not a zip archive: zip file version 9\.9"),
+        (8, 0x01, "is compressed or encrypted"),
+        (8, 0x20, "is compressed or encrypted"),
+        (8, 0x40, "is compressed or encrypted"),
+    ],
+    ids=["version", "encrypted", "patch", "strongly encrypted"],
+)
+def test_what_zipfile_cannot_read_is_refused(place: int, value: int, said: str, packed: Path, tmp_path: Path) -> None:
+    """By the central directory, whose entries hold the version that is needed and the flags at these places."""
+    content = bytearray(packed.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] = value
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(RequestError, match=said):
+        import_study(tmp_path / "x.zip", tmp_path / "r")
+
+
 def test_every_flipped_byte_is_noticed(packed: Path, tmp_path: Path) -> None:
     content = packed.read_bytes()
     with zipfile.ZipFile(packed) as opened:
@@ -289,15 +282,10 @@ def test_empty_results_make_the_round_trip(tmp_path: Path) -> None:
     assert query(again, "SELECT * FROM wide").empty
 
 
-def test_the_commands(
-    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands(packed: Path, tmp_path: Path, flatmin_sweep: Command) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["flatmin-sweep", *arguments])
-        monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capsys.readouterr())
+        done = flatmin_sweep(*arguments)
+        return done.returncode, done.stdout.decode(), done.stderr
 
     there, archive = str(tmp_path / "r"), str(tmp_path / "x.zip")
     assert run("import", str(packed), "--results", there) == (0, f"{there}\n", "")
@@ -307,113 +295,3 @@ def test_the_commands(
     assert "is there already" in err
     code, _, err = run("export", "--results", there, "-o", str(tmp_path / "tb"), "--to", "tensorboard", "--weights")
     assert (code, "leave one out" in err) == (2, True)
-
-
-def events(file: Path) -> list[Any]:
-    """Return the events of a file of TensorBoard's: records of length, checksum, bytes, checksum."""
-    Event = import_module("tensorboardX.proto.event_pb2").Event
-    content, found = file.read_bytes(), []
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        found.append(Event.FromString(content[12 : 12 + length]))
-        content = content[16 + length :]
-    return found
-
-
-def test_tensorboard(results: Results, tmp_path: Path) -> None:
-    export_to("tensorboard", results, tmp_path / "tb")
-    for row in results.epochs().groupby("model_id"):
-        (file,) = (tmp_path / "tb" / str(row[0])).glob("events*")
-        found = {(value.tag, event.step): value.simple_value for event in events(file) for value in event.summary.value}
-        losses = [found["train_loss", epoch] for epoch in (1, 2)]
-        assert losses == pytest.approx(row[1]["train_loss"].tolist(), rel=1e-6)
-        assert ("val_loss", 1) not in found  # null
-    assert len(list((tmp_path / "tb").iterdir())) == 4
-    with pytest.raises(RequestError, match="is there already"):
-        export_to("tensorboard", results, tmp_path / "tb")
-
-
-def test_mlflow(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: dict[str, Any] = {"experiments": [], "runs": {}, "ended": []}
-
-    class Client:
-        def __init__(self, tracking_uri: str) -> None:
-            made["uri"] = tracking_uri
-
-        def create_experiment(self, name: str, artifacts: str) -> str:
-            made["experiments"].append(name)
-            return "1"
-
-        def create_run(self, experiment: str, start_time: int, run_name: str) -> Any:
-            made["runs"][run_name] = {"metrics": [], "params": []}
-            return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_name))
-
-        def log_batch(self, run: str, metrics: Any = (), params: Any = ()) -> None:
-            assert len(metrics) <= 1000
-            assert len(params) <= 100
-            made["runs"][run]["metrics"] += metrics
-            made["runs"][run]["params"] += params
-
-        def set_terminated(self, run: str) -> None:
-            made["ended"].append(run)
-
-    entities = types.ModuleType("mlflow.entities")
-    vars(entities).update(Metric=lambda *values: values, Param=lambda *values: values)
-    tracking = types.ModuleType("mlflow.tracking")
-    vars(tracking).update(MlflowClient=Client)
-    for module in (types.ModuleType("mlflow"), entities, tracking):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    export_to("mlflow", results, tmp_path / "ml")
-    assert made["uri"] == f"sqlite:///{tmp_path}/ml/mlflow.db"
-    assert made["experiments"] == ["tiny"]
-    assert sorted(made["ended"]) == sorted(made["runs"]) == sorted(results.models()["model_id"])
-    for row in results.wide().to_dict("records"):
-        run = made["runs"][row["model_id"]]
-        assert ("width", str(row["width"])) in run["params"]
-        assert ("final/l2_norm", row["l2_norm"], 0, 0) in run["metrics"]
-        assert ("final/loss_surface_points_per_axis_3_", row["loss_surface(points_per_axis=3)"], 0, 0) in run["metrics"]
-        assert [step for name, _, _, step in run["metrics"] if name == "train_loss"] == [1, 2]
-
-
-def test_wandb_is_offline(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    class Run:
-        def __init__(self, **given: Any) -> None:
-            self.given, self.ended = given, False
-            self.steps: list[tuple[int, float]] = []
-            self.summary: dict[str, float] = {}
-            made.append(self)
-
-        def log(self, values: Mapping[str, float], step: int) -> None:
-            self.steps.append((step, values["train_loss"]))
-
-        def finish(self) -> None:
-            self.ended = True
-
-    module = types.ModuleType("wandb")
-    vars(module).update(init=Run)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    export_to("wandb", results, tmp_path / "wb")
-    assert {run.given["mode"] for run in made} == {"offline"}
-    assert {run.given["dir"] for run in made} == {str(tmp_path / "wb")}
-    wide = results.wide().set_index("model_id")
-    epochs = results.epochs()
-    for run in made:
-        own = epochs[epochs["model_id"] == run.given["id"]]
-        assert run.steps == list(zip(own["epoch"], own["train_loss"], strict=True))
-        assert run.given["config"]["width"] == wide.loc[run.given["id"], "width"]
-        assert run.summary["final/random"] == wide.loc[run.given["id"], "random"]
-        assert run.ended
-    assert len(made) == 4
-
-
-@pytest.mark.parametrize(
-    ("viewer", "module"), [("tensorboard", "tensorboardX"), ("mlflow", "mlflow.entities"), ("wandb", "wandb")]
-)
-def test_a_missing_package_is_named_with_the_command(
-    viewer: Any, module: str, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RequestError, match=rf"pip install 'flatmin-sweep\[{viewer}\]'"):
-        export_to(viewer, results, tmp_path / "x")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tests.orchestrator.conftest import Command
 
 from flatmin.orchestrator.study import builtin_names, read_study
 from flatmin.results import Results
@@ -33,20 +34,17 @@ def took(request: pytest.FixtureRequest) -> Iterator[Report]:
         print("\n" + "\n".join([f"{'study':<24}{'models':>8}{'seconds':>9}", *lines]))
 
 
-def cli(*arguments: str) -> None:
-    command = [sys.executable, "-m", "flatmin.orchestrator", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in builtin_names()]
 )
-def test_twin(name: str, tmp_path: Path, took: Report) -> None:
+def test_twin(name: str, tmp_path: Path, took: Report, flatmin_sweep: Command) -> None:
     began = time.monotonic()
     results, page = tmp_path / "results", tmp_path / "report.html"
-    cli("launch", name, "--small", "--results", str(results))
-    cli("report", "--results", str(results), "-o", str(page))
+    command = [sys.executable, "-m", "flatmin.orchestrator", "launch", name, "--small", "--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reported = flatmin_sweep("report", "--results", str(results), "-o", str(page))
+    assert reported.returncode == 0, reported.stderr
     seconds = time.monotonic() - began
 
     twin = read_study(name, small=True)

@@ -1,8 +1,11 @@
-"""What tests of networks share."""
+"""What tests of networks and of a study's training share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,3 +35,29 @@ def smallest() -> Smallest:
     A network that is not named here takes 8 x 8 images and its defaults.
     """
     return lambda name: _SMALLEST.get(name, ((1, 8, 8), {}))
+
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Return a function that installs a module whose functions are plug-ins of groups; it returns the module's file."""
+    installed = metadata.entry_points
+
+    def write(module: str, text: str, groups: Mapping[str, Sequence[str]]) -> Path:
+        folder = tmp_path / "package"
+        folder.mkdir()
+        file = folder / f"{module}.py"
+        file.write_text(text)
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+        def entry_points(*, group: str | None = None) -> Any:
+            own = [metadata.EntryPoint(name, f"{module}:{name}", str(group)) for name in groups.get(str(group), [])]
+            return own or (installed() if group is None else installed(group=group))
+
+        monkeypatch.setattr(metadata, "entry_points", entry_points)
+        return file
+
+    return write

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tests.trainables.conftest import Install
 
 from flatmin.errors import FlatminError, RequestError
 from flatmin.lease import Lease
@@ -30,6 +30,7 @@ measures: [%s]
 
 TOY = '''
 """The distance from the initial weights, and a line of three points."""
+from __future__ import annotations
 import torch
 from flatmin.sharpness import Curve
 from flatmin.sharpness.estimate import exact
@@ -43,12 +44,9 @@ def toy_distance(engine, *, power: Annotated[float, Setting(about="Power.")] = 2
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def toy(install: Install) -> None:
     """Make a measure `toy_distance` known through an entry point."""
-    (tmp_path / "toy_distance_measure.py").write_text(f"from __future__ import annotations\n{TOY}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    point = metadata.EntryPoint("toy_distance", "toy_distance_measure:toy_distance", "flatmin.measures")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == "flatmin.measures" else [])
+    install("toy_distance_measure", TOY, {"flatmin.measures": ["toy_distance"]})
 
 
 @pytest.fixture
@@ -114,7 +112,7 @@ def test_initial_weights_that_are_others_are_refused_where_they_are_needed(
     tmp_path: Path, toy: None, do: Callable[[Trial], Results]
 ) -> None:
     first = trial(tmp_path, "lambda_max")
-    file = do(first).weights_file(first.trial_id)
+    file = do(first).directory / "checkpoints" / f"{first.trial_id}.safetensors"
     with safe_open(file, framework="pt") as saved:
         hashes = json.loads(saved.metadata()["init_hash"])
         tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118 (not a dictionary)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.trainables.conftest import Install
 
 from flatmin.errors import RequestError
 from flatmin.orchestrator.inspect import status
@@ -28,6 +27,7 @@ measures: [l2_norm, %s, lambda_max]
 
 PLUGINS = '''
 """Networks without paths and without losses, and a measure that fails where a file says so."""
+from __future__ import annotations
 from pathlib import Path
 from torch import nn
 def smooth(input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -51,21 +51,10 @@ Run = Callable[..., Launched]
 
 
 @pytest.fixture
-def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def plugins(install: Install) -> Path:
     """Make them known through entry points; return the file whose being there breaks the measure."""
-    file = tmp_path / "unusual_plugins.py"
-    file.write_text(f"from __future__ import annotations\n{PLUGINS}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "unusual_plugins", raising=False)
     groups = {"flatmin.networks": ["smooth", "mixing"], "flatmin.measures": ["moody"]}
-    installed = metadata.entry_points
-
-    def entry_points(*, group: str | None = None) -> Any:
-        own = [metadata.EntryPoint(name, f"unusual_plugins:{name}", str(group)) for name in groups.get(str(group), [])]
-        return own or (installed() if group is None else installed(group=group))
-
-    monkeypatch.setattr(metadata, "entry_points", entry_points)
-    return file.with_suffix(".broken")
+    return install("unusual_plugins", PLUGINS, groups).with_suffix(".broken")
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from safetensors import safe_open
+from tests.trainables.conftest import Install
 from torch import Tensor, cat
 
 from flatmin.errors import FlatminError
@@ -39,6 +38,7 @@ measure_every: 2
 
 MOODY = '''
 """A measure that fails while a file is there, and takes its time where not."""
+from __future__ import annotations
 import time
 from pathlib import Path
 def moody(engine) -> Estimate:
@@ -171,15 +171,9 @@ def test_wide_has_the_last_epoch(tmp_path: Path, do: Callable[..., Results]) -> 
 
 
 @pytest.fixture
-def moody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def moody(install: Install) -> Path:
     """Make the measure `moody` known through an entry point; return the file whose being there breaks it."""
-    file = tmp_path / "moody_measure.py"
-    file.write_text(f"from __future__ import annotations\n{MOODY}")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "moody_measure", raising=False)
-    point = metadata.EntryPoint("moody", "moody_measure:moody", "flatmin.measures")
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == "flatmin.measures" else [])
-    return file.with_suffix(".broken")
+    return install("moody_measure", MOODY, {"flatmin.measures": ["moody"]}).with_suffix(".broken")
 
 
 def test_what_fails_under_way_is_a_row_that_says_why(tmp_path: Path, moody: Path, do: Callable[..., Results]) -> None:

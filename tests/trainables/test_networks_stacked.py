@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.trainables.conftest import Install
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -155,13 +154,9 @@ def noisy(input_shape, classes) -> nn.Module:
 
 
 @pytest.fixture
-def _my_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _my_package(install: Install) -> None:
     """Install a package whose networks are plug-ins through entry points."""
-    (tmp_path / "my_networks.py").write_text(MINE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    group = "flatmin.networks"
-    points = [metadata.EntryPoint(name, f"my_networks:{name}", group) for name in ("mine", "lazy", "noisy")]
-    monkeypatch.setattr(metadata, "entry_points", lambda group: points if group == "flatmin.networks" else [])
+    install("my_networks", MINE, {"flatmin.networks": ["mine", "lazy", "noisy"]})
 
 
 @pytest.mark.usefixtures("_my_package")

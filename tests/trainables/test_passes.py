@@ -216,7 +216,11 @@ def test_a_compiled_pass_is_the_same_pass(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "vectorize"), [(dropped, "vmap"), (normalised, "loop")], ids=str)
+@pytest.mark.parametrize(
+    ("build", "vectorize"),
+    [(dropped, "vmap"), (normalised, "loop")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 @pytest.mark.parametrize("optimizer", ["sam-sgd", "adahessian"])
 def test_generated_code_is_the_same_pass(optimizer: str, build: Callable[[], nn.Module], vectorize: str) -> None:
     torch._dynamo.reset()

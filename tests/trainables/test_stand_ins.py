@@ -6,10 +6,8 @@ import csv
 import json
 import multiprocessing
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from tests.trainables.conftest import Install
 from torchvision.datasets import MNIST, ImageFolder
 
 from flatmin.errors import DataError, RequestError
@@ -164,23 +163,6 @@ def write_stand_in(root):
 """
 
 
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Return a function that installs a data set of somebody else's package, and returns the folder it is in."""
-
-    def install(text: str) -> Path:
-        folder = tmp_path / "package"
-        folder.mkdir()
-        (folder / "my_data.py").write_text(text)
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, "my_data", raising=False)
-        point = metadata.EntryPoint("slow", "my_data:slow", "flatmin.datasets")
-        monkeypatch.setattr(metadata, "entry_points", lambda group: [point] if group == "flatmin.datasets" else [])
-        return folder
-
-    return install
-
-
 def _load(start: Any) -> None:
     start.wait()
     with downloads_allowed():
@@ -188,9 +170,9 @@ def _load(start: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-def test_processes_that_start_together_write_once(mine: Callable[[str], Path], data: Path) -> None:
+def test_processes_that_start_together_write_once(install: Install, data: Path) -> None:
     """With a user's own data set, which brings its stand-in."""
-    folder = mine(MINE)
+    folder = install("my_data", MINE, {"flatmin.datasets": ["slow"]}).parent
     context = multiprocessing.get_context("fork")
     start = context.Event()
     processes = [context.Process(target=_load, args=(start,)) for _ in range(3)]
@@ -219,8 +201,8 @@ def study(folder: Path, dataset: str, stand_in: str = "true") -> Path:
     return file
 
 
-def test_a_data_set_without_one_is_refused(mine: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
-    mine(MINE.replace("write_stand_in", "write"))
+def test_a_data_set_without_one_is_refused(install: Install, data: Path, tmp_path: Path) -> None:
+    install("my_data", MINE.replace("write_stand_in", "write"), {"flatmin.datasets": ["slow"]})
     with pytest.raises(RequestError, match=r"'slow' has no stand-in: my_data has no function .*of: cifar10, "):
         load_dataset((("dataset", "slow"),), stand_in=True)
     with pytest.raises(RequestError, match="the data set 'slow' has no stand-in"):

@@ -29,8 +29,9 @@ from flatmin.trainables.data import StackData, stack_data
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.datasets.imagenet import MEAN, STD, imagenet, write_tree
 from flatmin.trainables.job import run
-from flatmin.trainables.streaming import Images, _Reads, random_window
+from flatmin.trainables.streaming import Images, _Reads
 from flatmin.trainables.training import training
+from flatmin.trainables.views import random_window
 from flatmin.trial import Job
 
 SIZES = {"RGB": (300, 231), "L": (40, 400), "CMYK": (257, 500)}

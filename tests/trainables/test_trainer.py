@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from flatmin.stack.streams import dropout_mask
 from flatmin.trainables.corruption import noisy_labels
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.networks.mlp import mlp
-from flatmin.trainables.trainer import StackTrainer
+from flatmin.trainables.trainer import StackTrainer, all_finite
 from flatmin.trainables.training import Recipe, training
 from flatmin.trial import Execution, Model, Trial
 
@@ -208,17 +209,32 @@ def sam_second_pass(network: nn.Module, x: Tensor, y: Tensor, rho: float) -> Non
         parameter.grad = grad
 
 
+@pytest.fixture(scope="module")
+def plain_loops(dataset: Dataset) -> Callable[[str, str], list[nn.Module]]:
+    """Return what gives the eight models of a network and an optimizer, trained each in a plain loop, once."""
+
+    @cache
+    def of(network: str, optimizer: str) -> list[nn.Module]:
+        return [plain_loop(one, dataset, BUILDERS[network], STEPS) for one in eight_models(optimizer)]
+
+    return of
+
+
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "sam-sgd"])
 @pytest.mark.parametrize("network", list(BUILDERS))
-def test_stack_of_eight_equals_plain_loop(network: str, optimizer: str, vectorize: str, dataset: Dataset) -> None:
+def test_stack_of_eight_equals_plain_loop(
+    network: str,
+    optimizer: str,
+    vectorize: str,
+    dataset: Dataset,
+    plain_loops: Callable[[str, str], list[nn.Module]],
+) -> None:
     """After 50 steps each of eight different models has the plain loop's weights, buffers and loss."""
-    models, build = eight_models(optimizer), BUILDERS[network]
-    trainer = trained(models, dataset, build, STEPS, vectorize)
+    trainer = trained(eight_models(optimizer), dataset, BUILDERS[network], STEPS, vectorize)
     batch = trainer.data.test.chunks()[0]
     losses = trainer.network.losses(trainer.progress.params, trainer.progress.buffers, batch)
-    for k, one in enumerate(models):
-        expected = plain_loop(one, dataset, build, STEPS)
+    for k, expected in enumerate(plain_loops(network, optimizer)):
         ours = trainer.network.module(trainer.progress.params, trainer.progress.buffers, k).state_dict()
         for name, tensor in expected.state_dict().items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-9)
@@ -302,6 +318,13 @@ def test_diverged_model_keeps_the_weights_from_before(dataset: Dataset) -> None:
     assert trainer.outcomes[0].row["status"] == "diverged"
     # lr = 1e6 leaves the bounds with its first step, so what is kept is the initialisation.
     assert torch.equal(trainer.outcomes[0].params, initial[0])
+
+
+def test_large_weights_are_finite_though_their_sum_is_not() -> None:
+    large = torch.full((3, 4), 3e38)
+    large[1, 2], large[2, 0] = torch.inf, torch.nan
+    assert all_finite(large).tolist() == [True, False, False]
+    assert all_finite(torch.ones(2, 4)).tolist() == [True, True]
 
 
 def test_a_last_step_out_of_bounds_is_a_divergence_too(dataset: Dataset) -> None:
