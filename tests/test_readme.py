@@ -194,7 +194,12 @@ def test_the_table_of_studies_is_complete() -> None:
 
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        file, _, heading = target.partition("#")
+        assert target.startswith("https://") or (ROOT / file).exists(), target
+        headings = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.M) if heading else []
+        assert not heading or heading in {
+            re.sub(r"[^a-z0-9 -]", "", text.lower()).replace(" ", "-") for text in headings
+        }
 
 
 def test_docs_name_every_column() -> None:

@@ -330,9 +330,17 @@ def test_what_cannot_be_measured_is_refused(change: dict[str, Any], message: str
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class _Fused(nn.TransformerEncoderLayer):
+    """Takes torch's fused kernel, which it leaves where somebody looks at its parts."""
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return super().forward(*given, **named)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_layer_that_only_a_loop_differentiates_is_named() -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    layer = _Fused(4, 2, 8, batch_first=True)
     module, (x, y) = nn.Sequential(nn.Unflatten(1, (1, 4)), layer, nn.Flatten(), nn.Linear(4, 3)), examples()
     with pytest.raises(RequestError, match=r"no derivative.*vectorize='loop'"):
         measure(module, "cross_entropy", (x, y), ["lpf"])

@@ -173,7 +173,7 @@ def reference_statistics(
 def test_batch_norm_statistics_follow_the_policy(
     name: str, policy: str, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step's buffers are bit for bit those of the passes that the policy lets update them."""
+    """A step's buffers are those of the passes that the policy lets update them, but for the order of sums."""
     seen: list[Tensor] = []
     real = passes.Passes._evaluate
 
@@ -190,7 +190,7 @@ def test_batch_norm_statistics_follow_the_policy(
     for k, one in enumerate(models):
         expected = reference_statistics(one, dataset, [point[k : k + 1] for point in passed], [orders[k]] * len(passed))
         for key, buffer in trainer.progress.buffers.items():
-            assert torch.equal(buffer[k], expected[key]), key
+            torch.testing.assert_close(buffer[k], expected[key], rtol=1e-12, atol=1e-15, msg=key)
 
 
 @pytest.mark.parametrize("policy", ["once", "all", "none"])
