@@ -8,8 +8,9 @@ from flatmin.analysis.association import MeasureCorrelation
 from flatmin.analysis.correlation import Correlations, correlate
 from flatmin.analysis.frames import read_table
 from flatmin.errors import RequestError
+from flatmin.files import place
 from flatmin.orchestrator.terminal import print_table, short
-from flatmin.results import Results, place
+from flatmin.results import Results
 
 
 def correlate_table(

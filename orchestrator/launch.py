@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from flatmin.bucket import BucketPath, Place
 from flatmin.errors import RequestError, ResultsError
+from flatmin.files import write_atomically
 from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import estimate
@@ -26,7 +27,7 @@ from flatmin.orchestrator.runner import RunOptions
 from flatmin.orchestrator.study import Study, read_study
 from flatmin.orchestrator.study_file import Resources
 from flatmin.plugins import program_arguments
-from flatmin.results import Results, now, write_atomically
+from flatmin.results import Results, now
 from flatmin.settings import digest
 from flatmin.trial import Execution, Job, Model, Trial
 

@@ -34,9 +34,10 @@ import pyarrow.parquet as pq
 from flatmin import lease
 from flatmin.bucket import BucketPath, Place, local_copy
 from flatmin.errors import RequestError, ResultsError
+from flatmin.files import place, write_atomically
 from flatmin.orchestrator.columns import as_table, dictionary
 from flatmin.orchestrator.inspect import opened
-from flatmin.results import Results, place, write_atomically
+from flatmin.results import Results
 from flatmin.settings import digest
 from flatmin.tables import SCHEMA_VERSION, TABLES, schema
 

@@ -17,10 +17,10 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from flatmin import plugins
 from flatmin.errors import RequestError
+from flatmin.files import write_atomically
 from flatmin.labels import format_value
 from flatmin.orchestrator.grid import NAMES
 from flatmin.orchestrator.study_file import StudyFile
-from flatmin.results import write_atomically
 from flatmin.settings import REQUIRED, Argument
 
 SCHEMA_FILE = "study.schema.json"

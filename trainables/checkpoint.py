@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flatmin.bucket import local_copy
 from flatmin.errors import ResultsError
-from flatmin.results import Results, write_atomically
+from flatmin.files import write_atomically
+from flatmin.results import Results
 from flatmin.stack import StackedNetwork
 from flatmin.trainables.progress import Outcome, Progress
 from flatmin.trainables.trainer import StackTrainer

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from flatmin.bucket import Place, local_copy
+from flatmin.files import write_atomically
 
 Stamp = tuple[str, int, int]
 """Name, size in bytes and time of change in ns of a file."""
@@ -72,8 +73,6 @@ def save(file: Place, parts: Mapping[Stamp, int], rows: pa.Table) -> None:
         parts: How many rows each file has, in the order of the rows.
         rows: The rows of all of them.
     """
-    from flatmin.results import write_atomically
-
     files = json.dumps([[*known, count] for known, count in parts.items()])
     rows = rows.combine_chunks().replace_schema_metadata({"format": _FORMAT, "files": files})
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from flatmin.bucket import BucketPath, Changed, Tag
 from flatmin.errors import LeaseLost, ResultsError
-from flatmin.results import Results, now, write_atomically
+from flatmin.files import write_atomically
+from flatmin.results import Results, now
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 30.0

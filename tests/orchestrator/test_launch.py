@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flatmin import files
 from flatmin.errors import RequestError, ResultsError
 from flatmin.orchestrator.inspect import query, status
 from flatmin.orchestrator.launch import Launched, LaunchOptions, launch, measure
@@ -197,10 +198,8 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_finished(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first trial is committed, the disk is full for the second, and freed again."""
-    from flatmin import results as store
-
     go(study, tmp_path / "r", "width=2")
-    write = store.write_atomically
+    write = files.write_atomically
 
     def full(file: Path, content: Any) -> None:
         if file.suffix in {".parquet", ".safetensors"}:
