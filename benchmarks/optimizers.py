@@ -24,9 +24,7 @@ import statistics
 import subprocess
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -34,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import Memory, measured_memory
 from pytorch_optimizer import SAM, AdaHessian
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
 from flatmin.optimizers import TorchOptimizer
@@ -194,60 +192,6 @@ CONTENDERS: dict[str, Callable[[nn.Module], Step]] = {
     "pytorch_optimizer AdaHessian": pytorch_optimizer_adahessian,
     "scrn, 1 product": ours("scrn", scrn_smoothness=0.01, scrn_penalty=5.0),  # so small that all are Cauchy points
 }
-
-
-class Memory(TorchDispatchMode):
-    """Counts the bytes of all storages that are born under it and still alive."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device, self._alive, self._bytes, self._peak = device, set[int](), 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note the storages it returns."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        self._alive.add(key)
-        self._bytes += size
-        self._peak = max(self._peak, self._bytes)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self._bytes -= size
-
-    def in_use(self) -> int:
-        """Return the bytes in use now."""
-        return torch.cuda.memory_allocated() if self._device.type == "cuda" else self._bytes
-
-    def peak(self) -> int:
-        """Return the most bytes in use since the last reset."""
-        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else self._peak
-
-    def reset_peak(self) -> None:
-        """Forget the peak."""
-        self._peak = self._bytes
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-
-@contextmanager
-def measured_memory(device: torch.device) -> Iterator[Memory]:
-    """Count memory from nothing."""
-    memory = Memory(device)
-    if device.type == "cuda":
-        yield memory
-    else:
-        with memory:
-            yield memory
 
 
 @dataclass

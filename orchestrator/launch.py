@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 
 from flatmin.bucket import BucketPath, Place
 from flatmin.errors import RequestError, ResultsError
@@ -20,6 +19,7 @@ from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import estimate
 from flatmin.orchestrator.grid import MOST_MODELS, NAMES
+from flatmin.orchestrator.heal import heal, lost_weights
 from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
 from flatmin.orchestrator.progress import Display
@@ -304,49 +304,11 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
     write_atomically(results.study_file, study.to_yaml().encode())
 
 
-def heal(results: Results, console: Console) -> None:
-    """Remove what cannot be read, so that it is made again, and what killed writers have left.
-
-    A trial whose `epochs` or weights are lost is trained again; lost `sharpness` is measured from the weights.
-    Only the owner of the lease may do this: a running worker's half-written file looks like a dead one's.
-    """
-    results.clear_temporary()
-    for table, file in results.unreadable():
-        console.print(f"[yellow]{file} cannot be read; what it held is made again", highlight=False)
-        results.remove(file)
-        if table == "epochs":
-            results.remove(results.table_file("models", file.stem))
-    left_out = results.check_schema().get("weights") is False
-    for trial_id in lost_weights(results):
-        if left_out and not results.weights_file(trial_id).exists():
-            continue
-        console.print(
-            f"[yellow]{results.weights_file(trial_id)} cannot be read; its models are trained again", highlight=False
-        )
-        results.remove(results.table_file("models", trial_id))
-
-
 def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
     """Take models that lack a measure out of results that came without weights, so that they are trained again."""
     for trial in what_is_missing(results, plan).measure:
         if not results.weights_file(trial.trial_id).exists():
             results.remove(results.table_file("models", trial.trial_id))
-
-
-def lost_weights(results: Results) -> list[str]:
-    """Return the committed trials whose weights are missing or damaged."""
-    trial_ids = list(dict.fromkeys(results.table("models")["trial_id"].to_pylist()))
-    if isinstance(results.path, BucketPath):  # where an object that is there is whole, and takes long to get
-        there = {file.stem for file in (results.path / "checkpoints").glob("*.safetensors")}
-        return [trial_id for trial_id in trial_ids if trial_id not in there]
-    lost = []
-    for trial_id in trial_ids:
-        try:
-            with safe_open(results.weights_file(trial_id), framework="numpy"):
-                pass
-        except (OSError, SafetensorError):
-            lost.append(trial_id)
-    return lost
 
 
 def _run(results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int) -> bool:

@@ -18,7 +18,7 @@ from flatmin import lease
 from flatmin.errors import CorruptFileWarning, LeaseLost, ResultsError
 from flatmin.files import write_atomically
 from flatmin.lease import Lease
-from flatmin.orchestrator.launch import heal
+from flatmin.orchestrator.heal import heal
 from flatmin.results import Results
 from flatmin.tables import ADDED, TABLES, fixed_columns, schema, to_arrow
 
