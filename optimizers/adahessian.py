@@ -19,7 +19,7 @@ from torch import Tensor
 from flatmin.optimizers.adam import no_steps
 from flatmin.optimizers.arguments import Beta1, Beta2, LearningRate, WeightDecay
 from flatmin.optimizers.interface import Evaluation, HessianProduct, SecondOrderBase, State, Step
-from flatmin.optimizers.terms import matters, scalar
+from flatmin.optimizers.terms import matters, root, scalar
 from flatmin.settings import Setting
 
 
@@ -85,14 +85,15 @@ class _AdaHessian:
         m = torch.lerp(state["mean"], found.grad, scalar(1 - self.beta1, params))
         s = torch.lerp(state["square"], diagonal.square(), scalar(1 - self.beta2, params))
         s_hat = s / (1 - self.beta2**t).to(s.dtype)
-        root = s_hat.sqrt()
+        denominator = root(s_hat)
         if self._has_power:
-            root = torch.where(torch.as_tensor(self.hessian_power == 1), root, s_hat.pow_(self.hessian_power / 2))
-        root.add_(self.adahessian_eps)
+            powers = s_hat.pow_(self.hessian_power / 2)
+            denominator = torch.where(torch.as_tensor(self.hessian_power == 1), denominator, powers)
+        denominator.add_(self.adahessian_eps)
         lr = self.lr * step.lr_factor
         scaled = m * (lr / (1 - self.beta1**t)).to(m.dtype)
         kept = {} if self.hessian_every == 1 else {"diagonal": diagonal}
-        new = torch.addcdiv(params, scaled, root, value=-1)
+        new = torch.addcdiv(params, scaled, denominator, value=-1)
         if self._decays:
             new.sub_(lr * self.weight_decay * params)
         return new, {"mean": m, "square": s, "steps": t, **kept}

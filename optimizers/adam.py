@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flatmin.optimizers.arguments import Beta1, Beta2, LearningRate, WeightDecay
 from flatmin.optimizers.interface import Base, Evaluation, State, Step
-from flatmin.optimizers.terms import matters, scalar
+from flatmin.optimizers.terms import matters, root, scalar
 from flatmin.settings import Setting
 
 
@@ -58,9 +58,9 @@ class Adam:
         t = state["steps"] + 1
         m = torch.lerp(state["mean"], g, scalar(1 - self.beta1, g))
         s = torch.lerp(state["square"], g.square(), scalar(1 - self.beta2, g))
-        root = s.sqrt().div_((1 - self.beta2**t).sqrt().to(g.dtype)).add_(self.adam_eps)
+        denominator = root(s).div_((1 - self.beta2**t).sqrt().to(g.dtype)).add_(self.adam_eps)
         scaled = m * (lr / (1 - self.beta1**t)).to(g.dtype)
-        return torch.addcdiv(params, scaled, root, value=-1), {"mean": m, "square": s, "steps": t}
+        return torch.addcdiv(params, scaled, denominator, value=-1), {"mean": m, "square": s, "steps": t}
 
     @cached_property
     def _decays(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flatmin.errors import RequestError
+from flatmin.optimizers.interface import HessianProduct
 from flatmin.stack import Batch, StackedNetwork, Streams
 from flatmin.trainables.ranks import Ranks
 from flatmin.trainables.tasks import Objective
@@ -64,7 +65,7 @@ class Forward:
         self, network: StackedNetwork, objective: Objective, precision: str, execution: Execution, ranks: Ranks
     ) -> None:
         self.network, self.objective, self.ranks = network, objective, ranks
-        self._bf16 = precision == "bf16"
+        self._bf16, self._compiled = precision == "bf16", execution.compile
         self._device = execution.device
         _check(execution)
         self._run: Callable[..., tuple[Tensor, Buffers]] = self._pass
@@ -72,12 +73,19 @@ class Forward:
             self._run = torch.compile(self._pass)
         self._graphs: dict[Any, _Captured] | None = {} if execution.cuda_graphs else None
 
-    def losses(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Tensor, Buffers]:
-        """Return each model's share of the loss of its batch `[K]`, twice differentiable, and new buffers."""
-        return self._pass(params, buffers, _tensors(part), *_fixed(part))
+    def with_product(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Gradient, HessianProduct]:
+        """Return what `gradient` does, and products with the Hessians of the same losses."""
+        if self._written_out(part.batch):
+            return self._along_chain(params, buffers, part, products=True)
+        leaf = params.detach().requires_grad_()
+        losses, moved = self._pass(leaf, buffers, _tensors(part), *_fixed(part))
+        (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
+        return (losses.detach(), grad.detach(), moved), _products(grad, leaf)
 
     def gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
         """Return each model's share of the loss of its batch `[K]`, its gradient `[K, d]`, and new buffers."""
+        if self._graphs is None and self._written_out(part.batch):
+            return self._along_chain(params, buffers, part)[0]
         tensors, fixed = (params, buffers, _tensors(part)), _fixed(part)
         if self._graphs is None:
             return self._gradient(*tensors, *fixed)
@@ -89,10 +97,32 @@ class Forward:
         return self._graphs[key](tensors)
 
     def _gradient(self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool) -> Gradient:
+        x, y, keys, total, smoothing = given
+        if self._written_out(Batch(x, y, shared)):
+            part = Part(Batch(x, y, shared), Streams.of_keys(keys, first), total, smoothing)
+            return self._along_chain(params, buffers, part)[0]
         leaf = params.detach().requires_grad_()
         losses, moved = self._run(leaf, buffers, given, first, shared)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
         return losses.detach(), grad, {name: buffer.detach() for name, buffer in moved.items()}
+
+    def _written_out(self, batch: Batch) -> bool:
+        """Return whether derivatives are written out rather than recorded."""
+        chain = None if self._bf16 or self._compiled or batch.shared else self.network.chain
+        return chain is not None and chain.takes(batch.x)
+
+    def _along_chain(
+        self, params: Tensor, buffers: Buffers, part: Part, *, products: bool = False
+    ) -> tuple[Gradient, HessianProduct]:
+        chain = self.network.chain
+        assert chain is not None
+        there = chain.forward(params, part.batch.x, part.streams)
+        outputs = there.outputs.requires_grad_()
+        losses = self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
+        (slope,) = torch.autograd.grad(losses.sum(), outputs, create_graph=products)
+        grad, slopes = chain.backward(params, there, slope.detach())
+        curved = _products(slope, outputs)
+        return (losses.detach(), grad, buffers), lambda v: chain.product(params, there, slopes, curved, v)
 
     def _pass(
         self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool
@@ -141,6 +171,18 @@ def _check(execution: Execution) -> None:
             f"--compile: torch.compile needs a C++ compiler, and there is none ({', '.join(compilers)}); install g++, "
             "name one in CXX, or leave --compile out"
         )
+
+
+def _products(grad: Tensor, leaf: Tensor) -> HessianProduct:
+    """Return what maps vectors to their products with the derivative of a gradient by the leaf it was taken by."""
+
+    def product(v: Tensor) -> Tensor:
+        if not grad.requires_grad:
+            return torch.zeros_like(v)
+        found: Tensor = torch.autograd.grad(grad, leaf, v, retain_graph=True)[0]
+        return found
+
+    return product
 
 
 def _tensors(part: Part) -> Tensors:

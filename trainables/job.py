@@ -25,6 +25,7 @@ from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
 from flatmin.settings import Argument, digest
+from flatmin.stack.arithmetic import prepare_arithmetic
 from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights, weights_hash
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.downloads import downloads_allowed
@@ -81,6 +82,7 @@ def trainer_of(job: Job, ranks: Ranks, *, download: bool = True) -> StackTrainer
         FlatminError: The data, or what is asked for, cannot be used.
     """
     torch.set_num_threads(job.execution.threads)
+    prepare_arithmetic()
     tf32 = job.trial.program["precision"] == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32  # convolutions would use it by default

@@ -126,7 +126,7 @@ class Passes:
         for piece in pieces:
             part = self._part(batch, piece, total)
             if ask.hessian and len(pieces) == 1:
-                losses, grad, moved, product = self._with_product(at, self.buffers, part)
+                (losses, grad, moved), product = self.forward.with_product(at, self.buffers, part)
                 kept.append(product)
             else:
                 own, own_grad, moved = self.forward.gradient(at, self.buffers, part)
@@ -143,7 +143,8 @@ class Passes:
                 return kept[0](v)
             result = torch.zeros_like(v)
             for piece in pieces:  # made anew for every product: all graphs together are what does not fit
-                result += self._with_product(at, before, self._part(batch, piece, total))[3](v)
+                _, product = self.forward.with_product(at, before, self._part(batch, piece, total))
+                result += product(v)
             return result
 
         ranks = self.forward.ranks
@@ -151,21 +152,6 @@ class Passes:
         if ask.hessian:
             found.hvp = lambda v: ranks.sum(self._within_memory(lambda: hvp(v)))
         return found
-
-    def _with_product(
-        self, at: Tensor, buffers: dict[str, Tensor], part: Part
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor], HessianProduct]:
-        leaf = at.detach().requires_grad_()
-        losses, moved = self.forward.losses(leaf, buffers, part)
-        (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
-
-        def product(v: Tensor) -> Tensor:
-            if not grad.requires_grad:
-                return torch.zeros_like(v)
-            found: Tensor = torch.autograd.grad(grad, leaf, v, retain_graph=True)[0]
-            return found
-
-        return losses.detach(), grad.detach(), moved, product
 
     def _pieces(self, batch: int) -> list[tuple[int, int]]:
         """Return where the parts of this process's share of a batch start and stop."""
@@ -176,7 +162,7 @@ class Passes:
     def _part(self, batch: int, piece: tuple[int, int], total: Tensor) -> Part:
         start, stop = piece
         examples = self.split.gather(self.batches[batch][:, start:stop])
-        return Part(examples, Streams.of_keys(self.streams(batch).keys, start), total, self.smoothing)
+        return Part(examples, self.streams(batch).starting_at(start), total, self.smoothing)
 
     def _total(self, batch: int) -> Tensor:
         """Return what all examples of a batch weigh together, `[K]`."""

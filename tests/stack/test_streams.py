@@ -46,6 +46,8 @@ def test_distributions(seed: int) -> None:
     signs = rademacher(stream_key("r", seed), (50_000,))
     assert set(torch.unique(signs).tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) < 4 / 50_000**0.5
+    for apart in (1, 8, 63, 64):  # of one word of the stream and of its neighbours
+        assert abs(float((signs[apart:] * signs[:-apart]).mean())) < 4 / 49_000**0.5
 
 
 def test_streams_do_not_correlate() -> None:

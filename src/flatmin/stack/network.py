@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from flatmin.errors import RequestError
+from flatmin.stack.chain import Chain
 from flatmin.stack.linear import weights_first
 from flatmin.stack.streams import Streams, draws_from
 
@@ -64,13 +65,17 @@ class StackedNetwork:
 
     Args:
         template: A module of that network; its weights are not used. It is copied.
-        vectorize: `vmap`, `loop`, or `auto`: a loop for convolutions on a CPU, where grouped convolutions
-            are slower than one at a time, and for what vmap refuses; vmap elsewhere.
+        vectorize: `vmap`, `loop`, or `auto`: derivatives written out for a chain of linear layers; a loop for
+            convolutions on a CPU, where grouped convolutions are slower than one at a time, and for what vmap refuses;
+            vmap elsewhere.
         channels_last: Whether images go into the network with their channels last in memory.
 
     Raises:
         RequestError: The module has parameters that get their shapes from the first batch.
         ValueError: The module has no parameters.
+
+    Attributes:
+        chain: The chain of linear layers that it is, where such are passed through as one.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class StackedNetwork:
         self.n_params = sum(self.sizes)
         self.vectorize = vectorize
         self.channels_last = channels_last
+        self.chain = Chain.of(self.template) if vectorize == "auto" else None
 
     @staticmethod
     def stack(modules: Sequence[nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,6 +157,10 @@ class StackedNetwork:
             RequestError: The network returns something else than a tensor, or cannot be stacked: it draws random
                 numbers of its own, or vmap was asked for and refuses it.
         """
+        if self.chain is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x = batch.x.expand(len(params), *batch.x.shape) if batch.shared else batch.x
+            if self.chain.takes(x):
+                return self.chain.forward(params, x, streams if train else None).outputs
         self.template.train(train)
         if self.channels_last and batch.x.dim() == (4 if batch.shared else 5):
             batch = replace(batch, x=batch.x.movedim(-3, -1).contiguous().movedim(-1, -3))

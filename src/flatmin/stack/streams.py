@@ -7,10 +7,12 @@ The generator is SplitMix64 (Steele, Lea and Flood 2014): a counter times an odd
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,14 +84,13 @@ def rademacher(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Return numbers of a shape, each -1 or 1 with equal probability."""
+    """Return numbers of a shape, each -1 or 1 with equal probability; the bits of a word of the stream make 64."""
     key, count = _key(key, device), math.prod(shape)
-    drawn = key.new_empty(count, dtype=dtype)
-    for start, stop in _pieces(count, key.device):
-        index = torch.arange(start + 1, stop + 1, device=key.device)
-        # the first bit of 64 is known before the last line of `_mix`, which only changes those behind
-        drawn[start:stop] = _half_mixed(_mix(key) + index.mul_(_GOLDEN)) < 0
-    return drawn.mul_(2.0).sub_(1.0).reshape(tuple(shape))
+    words = bits_at(key, torch.arange(math.ceil(count / 64), device=key.device))
+    bits = torch.arange(256, device=key.device)[:, None] >> torch.arange(8, device=key.device) & 1
+    signs = (2 * bits - 1).to(dtype)
+    drawn: Tensor = signs[words.view(torch.uint8).long()].reshape(-1)[:count].reshape(tuple(shape))
+    return drawn
 
 
 def _key(key: Tensor | int, device: torch.device | str) -> Tensor:
@@ -142,13 +143,17 @@ class Streams:
         step: The step, so that each has numbers of its own.
 
     Attributes:
-        keys: The key of each model in this step.
         first: The place of the pass's first example in its batch: a part of a batch draws what it draws in the whole.
     """
 
     def __init__(self, keys: Tensor, step: int = 0) -> None:
-        self.keys = _mix(keys + _wrapped((step + 1) * _MIX1))
+        self._models, self._step = keys, step
         self.first = 0
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """The key of each model in this step; most networks and optimizers never ask for it."""
+        return _mix(self._models + _wrapped((self._step + 1) * _MIX1))
 
     @staticmethod
     def of_keys(keys: Tensor, first: int = 0) -> Streams:
@@ -156,6 +161,12 @@ class Streams:
         own = object.__new__(Streams)
         own.keys, own.first = keys, first
         return own
+
+    def starting_at(self, first: int) -> Streams:
+        """Return the same streams for a pass whose first example stands there in its batch."""
+        chosen = copy.copy(self)
+        chosen.first = first
+        return chosen
 
     @staticmethod
     def joined(parts: Sequence[Streams]) -> Streams:

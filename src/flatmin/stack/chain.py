@@ -1,0 +1,226 @@
+"""Networks that are a chain of linear layers, ReLUs and dropout: K models at once, their derivatives written out.
+
+Layer i makes h_{i+1} = m_i * a_i of h_i, with a_i = h_i W_i^T + b_i and a mask m_i: 0 where the ReLU or the dropout
+cuts, and elsewhere 1, over 1 - p behind a dropout. With e_i, the derivative of a model's loss by a_i:
+
+    dL/dW_i = e_i^T h_i,   dL/db_i = 1^T e_i,   e_{i-1} = m_{i-1} * (e_i W_i).
+
+A Hessian-vector product is the derivative of these lines along a direction (Pearlmutter 1994, section 3), in which the
+masks are constants. Each product of matrices is one for all models, and gradients are written where they belong in
+`[K, d]`; autograd, which records, turns round and copies, takes about twice as long for MLPs on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from flatmin.stack.streams import Streams, dropout_mask
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear layer and what follows it.
+
+    Attributes:
+        module: The layer.
+        relu: Whether a ReLU follows.
+        dropped: The probability of the dropout that follows; 0 where there is none.
+    """
+
+    module: nn.Linear
+    relu: bool = False
+    dropped: float = 0.0
+
+
+@dataclass(frozen=True)
+class There:
+    """What the pass through the networks leaves for the way back.
+
+    Attributes:
+        outputs: `[K, b, classes]`.
+        inputs: Those of each layer, `[K, b, in]`.
+        factors: What each layer's dropout multiplies by, `[K, b, out]`; None where there is none.
+    """
+
+    outputs: Tensor
+    inputs: Sequence[Tensor]
+    factors: Sequence[Tensor | None]
+
+
+class Chain:
+    """A chain of linear layers; `Chain.of` finds it in a module."""
+
+    def __init__(self, layers: Sequence[_Layer], *, flattens: bool) -> None:
+        self._layers, self._flattens = tuple(layers), flattens
+        self._sizes = [parameter.numel() for layer in layers for parameter in layer.module.parameters()]
+
+    @staticmethod
+    def of(module: nn.Module) -> Chain | None:
+        """Return the chain that a module is, or None where it is anything else.
+
+        It may flatten its inputs first. Behind each linear layer but the last may be a ReLU, and then a dropout. With a
+        subclass, a hook, a parameter that does not train, or one that two layers share, it is something else.
+        """
+        parts = [part for part in module.modules() if type(part) is not nn.Sequential]
+        flattens = bool(parts) and type(parts[0]) is nn.Flatten and (parts[0].start_dim, parts[0].end_dim) == (1, -1)
+        layers: list[_Layer] = []
+        for part in parts[flattens:]:
+            last = layers[-1] if layers else None
+            if type(part) is nn.Linear:
+                layers.append(_Layer(part))
+            elif type(part) is nn.ReLU and last and not last.relu and not last.dropped:
+                layers[-1] = replace(last, relu=True)
+            elif type(part) is nn.Dropout and last and not last.dropped:
+                layers[-1] = replace(last, dropped=part.p)
+            else:
+                return None
+        parameters = list(module.parameters())
+        plain = (
+            list(_in_order(module)) == parts
+            and sum(len(list(layer.module.parameters())) for layer in layers) == len(parameters)
+            and all(parameter.requires_grad for parameter in parameters)
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        )
+        ends = bool(layers) and not layers[-1].relu and not layers[-1].dropped
+        return Chain(layers, flattens=flattens) if plain and ends else None
+
+    def takes(self, x: Tensor) -> bool:
+        """Return whether examples `[K, b, ...]` have the shape that a pass is written for."""
+        return self._flattens or x.dim() == 3
+
+    def forward(self, params: Tensor, x: Tensor, streams: Streams | None = None) -> There:
+        """Pass examples through the networks; autograd sees nothing of it.
+
+        Args:
+            params: Weights `[K, d]`.
+            x: Examples `[K, b, ...]`.
+            streams: What dropout draws from; None in eval mode.
+        """
+        h, drawn = x.flatten(2), 0
+        inputs: list[Tensor] = []
+        factors: list[Tensor | None] = []
+        with torch.no_grad():
+            for layer, (weight, bias) in zip(self._layers, self._views(params), strict=True):
+                inputs.append(h)
+                h = torch.bmm(h, weight.mT) if bias is None else torch.baddbmm(bias, h, weight.mT)
+                if layer.relu:
+                    h.relu_()
+                factor = None
+                if layer.dropped and streams is not None:
+                    drawn += 1
+                    factor = _dropout(streams, drawn, h, layer.dropped)
+                    h.mul_(factor)
+                factors.append(factor)
+        return There(h, inputs, factors)
+
+    def backward(self, params: Tensor, there: There, slope: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the gradients of the losses, `[K, d]`, and their derivatives by what each layer computes.
+
+        Args:
+            params: The weights of the pass.
+            there: What `forward` returned.
+            slope: The derivative of each model's loss by its outputs, `[K, b, classes]`.
+        """
+        grad = torch.empty_like(params)
+        slopes = [slope] * len(self._layers)
+        with torch.no_grad():
+            views = list(zip(self._views(params), self._views(grad), strict=True))
+            for i, ((weight, _), into) in reversed(list(enumerate(views))):
+                self._write(into, slopes[i], there.inputs[i])
+                if i:
+                    slopes[i - 1] = self._behind(i - 1, torch.bmm(slopes[i], weight), there)
+        return grad, slopes
+
+    def product(
+        self, params: Tensor, there: There, slopes: Sequence[Tensor], curved: Callable[[Tensor], Tensor], v: Tensor
+    ) -> Tensor:
+        """Return the Hessians of the losses times vectors, `[K, d]`.
+
+        Args:
+            params: The weights of the pass.
+            there: What `forward` returned.
+            slopes: What `backward` returned.
+            curved: Maps a change of the outputs `[K, b, classes]` to that of the losses' derivatives by them.
+            v: The vectors, `[K, d]`.
+        """
+        result = torch.empty_like(v)
+        own, along, into = (list(self._views(tensor)) for tensor in (params, v, result))
+        with torch.no_grad():
+            changes: list[Tensor] = []  # of what goes into each layer but the first, which is the same
+            change = self._moved(0, there, None, own[0], along[0])
+            for i in range(1, len(self._layers)):
+                changes.append(self._behind(i - 1, change, there))
+                change = self._moved(i, there, changes[-1], own[i], along[i])
+            slope = curved(change)
+            for i in reversed(range(len(self._layers))):
+                if i == 0:
+                    self._write(into[0], slope, there.inputs[0])
+                    break
+                # two products of matrices as one: the examples of one lie behind those of the other
+                both = torch.cat([there.inputs[i], changes[i - 1]], dim=1)
+                self._write(into[i], torch.cat([slope, slopes[i]], dim=1), both, of_bias=slope)
+                back = torch.baddbmm(torch.bmm(slope, own[i][0]), slopes[i], along[i][0])
+                slope = self._behind(i - 1, back, there)
+        return result
+
+    def _moved(
+        self,
+        i: int,
+        there: There,
+        change: Tensor | None,
+        own: tuple[Tensor, Tensor | None],
+        along: tuple[Tensor, Tensor | None],
+    ) -> Tensor:
+        """Return the change of what a layer computes, when its inputs and its weights change."""
+        (weight, _), (v, bias) = own, along
+        moved = torch.bmm(there.inputs[i], v.mT)
+        if bias is not None:
+            moved += bias
+        return moved if change is None else moved.baddbmm_(change, weight.mT)
+
+    def _behind(self, i: int, change: Tensor, there: There) -> Tensor:
+        """Return a change of what layer `i` computes, as its ReLU and its dropout pass it on; the same both ways."""
+        factor = there.factors[i]
+        if factor is not None:
+            change = change.mul_(factor)
+        if not self._layers[i].relu:
+            return change
+        passed: Tensor = torch.ops.aten.threshold_backward(change, there.inputs[i + 1], 0)
+        return passed
+
+    def _write(
+        self, into: tuple[Tensor, Tensor | None], slope: Tensor, inputs: Tensor, of_bias: Tensor | None = None
+    ) -> None:
+        """Write the derivatives by a layer's weights where they belong."""
+        weight, bias = into
+        torch.bmm(slope.mT, inputs, out=weight)
+        if bias is not None:
+            torch.sum(slope if of_bias is None else of_bias, dim=1, keepdim=True, out=bias)
+
+    def _views(self, params: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Return the matrices `[K, out, in]` and biases `[K, 1, out]` of each layer in a buffer `[K, d]`."""
+        pieces = iter(torch.split(params, self._sizes, dim=1))
+        for layer in self._layers:
+            weight = next(pieces).unflatten(1, layer.module.weight.shape)
+            yield weight, None if layer.module.bias is None else next(pieces)[:, None]
+
+
+def _in_order(module: nn.Module) -> Iterator[nn.Module]:
+    """Return the parts of a nested sequence as they are run, one that is run twice twice."""
+    if type(module) is not nn.Sequential:
+        yield module
+        return
+    for part in module:
+        yield from _in_order(part)
+
+
+def _dropout(streams: Streams, drawn: int, like: Tensor, p: float) -> Tensor:
+    """Return what the `drawn`-th dropout of a pass multiplies by, as autograd's way through the network has it."""
+    shape = like.shape[1:]
+    keep: Tensor = vmap(lambda key: dropout_mask(key, drawn, shape, p, streams.first))(streams.keys)
+    return keep.to(like.dtype) / (1.0 - p)
