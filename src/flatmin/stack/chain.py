@@ -206,7 +206,8 @@ class Chain:
         """Return the matrices `[K, out, in]` and biases `[K, 1, out]` of each layer in a buffer `[K, d]`."""
         pieces = iter(torch.split(params, self._sizes, dim=1))
         for layer in self._layers:
-            weight = next(pieces).unflatten(1, layer.module.weight.shape)
+            rows, columns = layer.module.weight.shape
+            weight = next(pieces).view(-1, rows, columns)
             yield weight, None if layer.module.bias is None else next(pieces)[:, None]
 
 
