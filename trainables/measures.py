@@ -202,3 +202,8 @@ def check_measures(trainer: StackTrainer) -> None:
                 f"'{text}': the images of this data set are read from files, and a measure reads its examples hundreds "
                 "of times; give it a part of the training set that fits in memory, as subset=2000"
             )
+        if trainer.data.train.streamed and label.common["subset_stratified"]:
+            raise RequestError(
+                f"'{text}': the images of this data set are read from files, and subset_stratified=true needs the loss "
+                "of all of them; leave it out, for a subset that is drawn at random"
+            )

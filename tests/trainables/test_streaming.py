@@ -213,9 +213,13 @@ def test_a_trial_trains_and_measures_what_it_streams(tmp_path: Path, monkeypatch
         images = [Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(2 * count)]
         small = [image.resize((60, 50)) for image in images]
         write_tree(tmp_path / "imagenet" / part, {"n01440764": small[:count], "n02102040": small[count:]})
-    with pytest.raises(RequestError, match="'lpf': the images of this data set are read from files"):
-        carried_out(tmp_path, tmp_path, "lpf")
-    shutil.rmtree(tmp_path / "results")
+    for measure, why in (
+        ("lpf", "'lpf': the images of this data set are read from files"),
+        ("lpf(subset=64, subset_stratified=true)", "read from files, and subset_stratified=true needs the loss of all"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            carried_out(tmp_path, tmp_path, measure)
+        shutil.rmtree(tmp_path / "results")
     results = carried_out(tmp_path, tmp_path, "shannon_entropy(subset=64), l2_norm")
     rows = results.table("models").to_pylist()
     assert {row["status"] for row in rows} == {"finished"} and len(rows) == 2
