@@ -24,6 +24,8 @@ from ray.autoscaler._private.node_provider_availability_tracker import NodeProvi
 from ray.autoscaler._private.resource_demand_scheduler import ResourceDemandScheduler
 from ray.autoscaler._private.util import ConcurrentCounter, prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
+from ray.core.generated.common_pb2 import Bundle, PlacementStrategy
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,12 @@ MACHINES = [
         "GpuInfo": {"Gpus": [{"Name": "A10G", "Manufacturer": "NVIDIA", "Count": 1}]},
     },
 ]
-TRIAL = {"CPU": 1, "GPU": 1}
+# What Ray Tune asks for: a placement group per trial.
+TRIAL = PlacementGroupTableData(
+    state=PlacementGroupTableData.PENDING,
+    strategy=PlacementStrategy.PACK,
+    bundles=[Bundle(unit_resources={"CPU": 1.0, "GPU": 1.0})],
+)
 RAYS_OWN = "ray.autoscaler._private.resource_demand_scheduler._default_utilization_scorer"
 
 Config = dict[str, Any]
@@ -187,10 +194,9 @@ def wanted(config: Config, monkeypatch: pytest.MonkeyPatch) -> Any:
         scheduler = ResourceDemandScheduler(
             provider, config["available_node_types"], config["max_workers"], config["head_node_type"], 1.0
         )
-        nodes, _ = scheduler.get_nodes_to_launch(
-            provider.non_terminated_nodes({}), {}, [TRIAL, TRIAL], {}, [], {}, [], tracker.summary()
-        )
-        return dict(nodes)
+        nodes = provider.non_terminated_nodes({})
+        wanted, _ = scheduler.get_nodes_to_launch(nodes, {}, [], {}, [TRIAL, TRIAL], {}, [], tracker.summary())
+        return dict(wanted)
 
     return ask
 
