@@ -9,7 +9,7 @@ QUICKSTART := results/digits-double-descent
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install quickstart twins test test-slow test-browser test-gpu check bench clean
+.PHONY: help install quickstart twins test test-slow test-browser test-gpu test-cluster check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -45,17 +45,20 @@ quickstart: install ## run a small study on bundled data and make its report
 twins: install ## run the small twin of every built-in study end to end, and say how long each took
 	$(BIN)/python -m pytest -q tests/orchestrator/test_twins.py
 
-test: install ## run the tests, as CI does (not slow, no GPU, no browser)
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not browser"
+test: install ## run the tests, as CI does (not slow, no GPU, no browser, no cluster)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not slow and not gpu and not browser and not cluster"
 
 test-slow: install ## run the full studies and all else over a minute
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not cluster"
 
 test-browser: install ## drive a report in headless Chromium (on Debian: sudo apt install chromium)
 	$(BIN)/python -m pytest -m browser
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-cluster: install ## start a Ray cluster over SSH on this machine (root; on Debian: apt install openssh-server rsync)
+	$(BIN)/python -m pytest -m cluster
 
 check: install ## ruff, mypy, then the tests
 	$(BIN)/ruff check .
