@@ -171,8 +171,7 @@ class _Tables:
 def _tables(models: pd.DataFrame, sharpness: pd.DataFrame | None, epochs: pd.DataFrame | None) -> _Tables:
     wide = frames.wide(models, sharpness)
     axes = frames.varying(wide, exclude=frames.labels(sharpness))
-    # a seed of the split repeats a configuration too: a published seed draws everything
-    levels = {axis: frames.levels(wide[axis]) for axis in axes if not axis.endswith("_seed")}
+    levels = {axis: frames.levels(wide[axis]) for axis in axes}
     measured = sharpness if sharpness is not None and len(sharpness) else None
     return _Tables(wide, pd.DataFrame(levels, index=wide.index), measured, epochs)
 
@@ -200,7 +199,7 @@ def _changed(models: pd.DataFrame, recipes: pd.DataFrame | None, settings: str) 
     own = _matching(recipes, settings)
     said = []
     for name in own.columns:
-        if name == "seed" or name.endswith("_seed") or name not in models.columns:
+        if frames.is_seed(name) or name not in models.columns:
             continue
         # null is a setting that came with a later version, whose neutral value these models have
         ours, theirs = (dict.fromkeys(map(_told, values)) for values in (models[name].dropna(), own[name]))

@@ -80,7 +80,7 @@ def averaged(data: pd.DataFrame) -> pd.DataFrame:
         One row per configuration and measure: the same columns without the seed, `models` (how many) in place of
         `model_id`; no `stderr`.
     """
-    axes = [column for column in data.columns if column not in (*_FIXED, *frames.SEED_COLUMNS)]
+    axes = [column for column in data.columns if column not in _FIXED and not frames.is_seed(column)]
     groups = data.groupby(["measure", *axes], dropna=False, sort=False)
     means = groups.agg(
         models=("model_id", "nunique"),
