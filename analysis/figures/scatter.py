@@ -163,7 +163,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
     if axes:
         _colours(figure, data, names, axes)
     above = {"y": 1, "yanchor": "bottom", "pad": {"b": 26}}
-    scales = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", **above}
+    scales = {"name": "scale of the axes", "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", **above}
     scales["buttons"] = scale_buttons(data, {name: [place + 1] for place, name in enumerate(names)})
     figure.layout.updatemenus = [scales, *figure.layout.updatemenus]
     return figure.update_layout(margin_t=110)
@@ -341,8 +341,8 @@ def _colours(figure: go.Figure, data: pd.DataFrame, names: list[str], axes: list
     )
     figure.update_layout({key.replace(".", "_"): value for key, value in first_layout.items()})
     if len(buttons) > 1:
-        menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 26}}
-        figure.update_layout(updatemenus=[menu])
+        menu = {"name": "colour by", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"}
+        figure.update_layout(updatemenus=[menu | {"pad": {"b": 26}}])
 
 
 def _ranks(values: pd.Series, order: list[object]) -> pd.Series:
