@@ -6,7 +6,7 @@ it tells nothing that the optimizer does not. Were it an axis, no two models wou
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -61,6 +61,36 @@ def fixed_by(frame: pd.DataFrame, settings: Sequence[str]) -> Mapping[str, tuple
             one = next(alone, None)
             found[setting] = tuple(choices) if one is None else (one,)
     return found
+
+
+def seeds_return(frame: pd.DataFrame, seed_column: str) -> bool:
+    """Tell whether a table has several seeds, and some of them more than once.
+
+    Args:
+        frame: A table of models.
+        seed_column: The column that repeats a configuration.
+    """
+    if seed_column not in frame.columns:
+        return False
+    return bool(frame[seed_column].nunique() > 1 and frame[seed_column].duplicated().any())
+
+
+def unrepeated(frame: pd.DataFrame, columns: Iterable[str], seed_column: str) -> list[str]:
+    """Name the columns that cannot be settings, whose values the seeds of a configuration would share.
+
+    Args:
+        frame: A table of models.
+        columns: Which columns to look at.
+        seed_column: The column that repeats a configuration; where it is missing or never repeats, nothing
+            can be told.
+
+    Returns:
+        The columns of fractional numbers in which no value comes twice; infinite ones are no values.
+    """
+    if not seeds_return(frame, seed_column):
+        return []
+    fractional = [column for column in columns if pd.api.types.is_float_dtype(frame[column].dtype)]
+    return [column for column in fractional if frame.loc[np.isfinite(frame[column]), column].is_unique]
 
 
 def _fixes(some: Sequence[Ints], other: Ints) -> bool:

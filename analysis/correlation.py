@@ -17,12 +17,15 @@ from scipy import stats
 
 from flatmin.analysis import configurations, expression, frames, kendall
 from flatmin.analysis.association import MeasureCorrelation, Request, associate, defined
-from flatmin.analysis.axes import fixed_by
+from flatmin.analysis.axes import fixed_by, seeds_return, unrepeated
 from flatmin.analysis.configurations import Bools, Configurations, Floats
 from flatmin.errors import RequestError
 
 RANDOM = "random"
 """The control that knows nothing: normal numbers from a fixed seed, one per model."""
+
+SEED = "seed"
+"""The column that repeats a configuration, unless another one is named."""
 
 TRAINING_LOSS = "train_loss"
 """The control that a measure has to beat to be more than a proxy of the fit."""
@@ -73,7 +76,7 @@ def correlate(
     target: str = "gen_gap",
     axes: Sequence[str] | None = None,
     measures: Sequence[str] | None = None,
-    seed_column: str = "seed",
+    seed_column: str = SEED,
     filter: str | None = None,
     test_examples: int | None = None,
     controls: bool = True,
@@ -116,12 +119,15 @@ def correlate(
     table = frames.wide(models, sharpness)
     frames.check_columns(table, [target], role="target")
     frames.check_columns(table, axes or (), role="axis")
-    seeds = {seed_column, *frames.SEED_COLUMNS}
+    seeds = {seed_column, *(name for name in table.columns if frames.is_seed(name))}
     names = _measures(table, frames.labels(sharpness), target, axes, measures, seeds)
     frames.check_columns(table, names, role="measure")
+    _check_roles(table, target, axes or (), names, seed_column)
     others = {target, *names, *frames.labels(sharpness), *seeds}
     known, notes = (list(axes), []) if axes is not None else _settings(table, others, seed_column)
-    config_axes = tuple(axis for axis in known if axis not in seeds)
+    config_axes = tuple(dict.fromkeys(axis for axis in known if axis not in seeds))
+    if left := [axis for axis in known if axis in seeds]:
+        notes.append(f"no axis, because the runs of a configuration differ in it: {', '.join(left)}")
 
     dropped = _dropped_statuses(table)
     table = table[frames.kept(table)]
@@ -135,6 +141,11 @@ def correlate(
         dropped[f"{target} is null"] = int((missing & passed).sum())
     rows = _Rows(table, configurations.of(table, config_axes, repeated=bool(seeds & set(table.columns))), goal)
 
+    if axes is None and len(rows.configurations) == len(table) and seeds_return(table, seed_column):
+        notes.append(
+            f"no configuration has two models, although values of '{seed_column}' come again: if one of the axes is a "
+            "result, name the axes (--axes)"
+        )
     values = {name: frames.numeric(table, name, role="measure") for name in names}
     for name in names:
         unknown = int((np.isnan(values[name]) & passed & ~missing).sum())
@@ -142,6 +153,8 @@ def correlate(
     beside = _controls(table, names) if controls else {}
     request = Request(bootstrap, seed, test_examples)
     found, told = _associate(rows, values | beside, passed & ~missing, request)
+    if test_examples is not None and not any(error.environments for one in found.values() for error in one.sign_error):
+        told.append(f"sign error: {test_examples} test examples tell no two configurations apart from chance")
     convergence, converged = _convergence(table, passed, filter)
     found = {name: _both_ways(one, rows, (values | beside)[name], passed, converged) for name, one in found.items()}
     return Correlations(
@@ -171,6 +184,18 @@ def _passed(table: pd.DataFrame, filter: str) -> Bools:
     if len(table) and not passed.any():
         raise RequestError(f"filter '{filter}': none of {len(table)} models passes it.")
     return passed
+
+
+def _check_roles(
+    table: pd.DataFrame, target: str, axes: Sequence[str], names: Sequence[str], seed_column: str
+) -> None:
+    """Refuse a column that plays two parts, and a seed column that was named and is not there."""
+    if target in names:
+        raise RequestError(f"measures: '{target}' is the target; give measures that may predict it.")
+    if target in axes:
+        raise RequestError(f"axes: '{target}' is the target; give settings that tell configurations apart.")
+    if seed_column != SEED:
+        frames.check_columns(table, [seed_column], role="seed column")
 
 
 def _check_test_examples(test_examples: int | None, goal: Floats, target: str) -> None:
@@ -315,9 +340,9 @@ def _settings(table: pd.DataFrame, others: set[str], seed_column: str) -> tuple[
     if "study" in table.columns and table["study"].nunique() > 1:
         settings = ["study", *settings]
     notes = []
-    if unrepeated := frames.unrepeated(table, settings, seed_column):
-        notes.append(f"taken as results, not as axes, because no two seeds share a value: {', '.join(unrepeated)}")
-    settings = [setting for setting in settings if setting not in unrepeated]
+    if results := unrepeated(table, settings, seed_column):
+        notes.append(f"taken as results, not as axes, because no two seeds share a value: {', '.join(results)}")
+    settings = [setting for setting in settings if setting not in results]
     fixed = fixed_by(table, settings)
     for by in dict.fromkeys(fixed.values()):
         named = ", ".join(setting for setting in fixed if fixed[setting] == by)

@@ -7,16 +7,13 @@ Everything here takes and returns pandas data frames with the columns of the res
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from flatmin.bucket import BucketPath
 from flatmin.errors import RequestError, nearest
 from flatmin.tables import fixed_columns
 
@@ -27,71 +24,11 @@ KEPT_STATUSES = ("converged", "finished")
 
 STATUSES = (*KEPT_STATUSES, "diverged")
 
-SEED_COLUMNS = ("seed", "init_seed", "order_seed", "noise_seed")
-"""Columns that repeat a configuration instead of making another one."""
-
 RESULT_COLUMNS = frozenset([*fixed_columns("models"), *fixed_columns("plan")])
 """The columns of `models/` that are no settings."""
 
 _SAME = 1e-6
 """Fractions that differ by less than this part of themselves are one level of a setting."""
-
-_READERS: Mapping[str, Callable[[Path], pd.DataFrame]] = {
-    ".csv": pd.read_csv,
-    ".tsv": lambda path: pd.read_csv(path, sep="\t"),
-    ".parquet": pd.read_parquet,
-}
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read one table, a row per model, from a CSV, TSV or Parquet file.
-
-    Args:
-        path: A file that ends in `.csv`, `.tsv` or `.parquet`, or a directory of Parquet files; or the URI of either
-            in a bucket.
-
-    Returns:
-        The table as stored: no column is renamed, no row is left out.
-
-    Raises:
-        RequestError: The file is missing, of another kind, unreadable, or has no rows.
-    """
-    if "://" in str(path):
-        return _read_from_bucket(BucketPath.parse(str(path)))
-    path = Path(path)
-    if not path.exists():
-        beside = [str(other) for other in _beside(path)]
-        raise RequestError(f"{path}: no such file.{nearest(str(path), beside) if beside else ''}")
-    reader = _READERS.get(".parquet" if path.is_dir() else path.suffix.lower())
-    if reader is None:
-        raise RequestError(
-            f"{path}: cannot read {path.suffix or 'a file without ending'}. Valid: {', '.join(_READERS)}."
-        )
-    try:
-        frame = reader(path)
-    except Exception as problem:  # the parsers raise errors of several libraries, all of which mean "not a table"
-        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise RequestError(f"{path}: not a readable {path.suffix or 'Parquet'} table ({reason}).") from problem
-    if frame.empty:
-        raise RequestError(f"{path}: the table has no rows.")
-    return frame
-
-
-def _read_from_bucket(there: BucketPath) -> pd.DataFrame:
-    there.reach()
-    files = [there] if there.is_file() else sorted(there.glob("*.parquet"))
-    if not files:
-        raise RequestError(f"{there}: no such file.")
-    with tempfile.TemporaryDirectory(prefix="flatmin-") as folder:
-        for file in files:
-            (Path(folder) / file.name).write_bytes(file.read_bytes())
-        return read_table(Path(folder) / there.name if there.is_file() else folder)
-
-
-def _beside(path: Path) -> list[Path]:
-    """The tables that lie where `path` was looked for."""
-    return [other for other in path.parent.glob("*") if other.suffix.lower() in _READERS]
-
 
 def check_columns(frame: pd.DataFrame, names: Iterable[str], *, role: str) -> None:
     """Refuse names that are not columns of the frame.
@@ -156,6 +93,15 @@ def kept(frame: pd.DataFrame) -> pd.Series[bool]:
     return frame["status"].isin(KEPT_STATUSES)
 
 
+def is_seed(column: object) -> bool:
+    """Tell whether a column repeats a configuration instead of making another one: `seed`, `order_seed`, `split_seed`.
+
+    Args:
+        column: The name of a column.
+    """
+    return str(column) == "seed" or str(column).endswith("_seed")
+
+
 def varying(frame: pd.DataFrame, *, exclude: Collection[str] = ()) -> list[str]:
     """Name the settings that differ between rows, seeds left out: the axes of the table.
 
@@ -172,8 +118,8 @@ def varying(frame: pd.DataFrame, *, exclude: Collection[str] = ()) -> list[str]:
     >>> varying(pd.DataFrame({"width": [1, 2], "lr": [0.1, 0.1], "seed": [0, 1], "gen_gap": [0.2, 0.3]}))
     ['width']
     """
-    left_out = RESULT_COLUMNS | set(SEED_COLUMNS) | set(exclude)
-    columns = [str(column) for column in frame.columns if column not in left_out]
+    left_out = RESULT_COLUMNS | set(exclude)
+    columns = [str(column) for column in frame.columns if column not in left_out and not is_seed(column)]
     return [column for column in columns if len(frame) and levels(frame[column]).max() > 0]
 
 
@@ -189,14 +135,15 @@ def levels(values: pd.Series) -> npt.NDArray[np.int64]:
     Returns:
         Shape `(rows,)`: numbers from 0 on, without a gap.
 
-    >>> levels(pd.Series([0.1, 0.01, 0.1 + 1e-12, None])).tolist()
-    [1, 0, 1, 2]
+    >>> levels(pd.Series([0.1, 0.01, 0.1 + 1e-12, None])).tolist(), levels(pd.Series([0.5, np.inf, -np.inf])).tolist()
+    ([1, 0, 1, 2], [1, 2, 0])
     """
     plain = hashable(values).convert_dtypes() if values.dtype == object else values
     if pd.api.types.is_float_dtype(plain.dtype):
         distinct = np.sort(plain.dropna().unique().astype(np.float64))
-        apart = np.diff(distinct) > _SAME * np.abs(distinct[1:])
-        whole = (distinct[1:] % 1 == 0) & (distinct[:-1] % 1 == 0)
+        apart = (np.diff(distinct) > _SAME * np.abs(distinct[1:])) | np.isinf(distinct[1:])
+        with np.errstate(invalid="ignore"):  # infinity is no whole number
+            whole = (distinct[1:] % 1 == 0) & (distinct[:-1] % 1 == 0)
         level = np.concatenate([[0], np.cumsum(apart | whole)]) if len(distinct) else distinct.astype(np.int64)
         found = dict(zip(distinct.tolist(), level.tolist(), strict=True))
         coded = plain.astype("float64").map(found)
@@ -204,27 +151,6 @@ def levels(values: pd.Series) -> npt.NDArray[np.int64]:
         coded = pd.Series(pd.factorize(plain)[0], index=plain.index).replace(-1, np.nan)
     codes = coded.fillna(coded.max() + 1 if coded.notna().any() else 0)
     return codes.to_numpy(dtype=np.int64)
-
-
-def unrepeated(frame: pd.DataFrame, columns: Iterable[str], seed_column: str) -> list[str]:
-    """Name the columns that cannot be settings, whose values the seeds of a configuration would share.
-
-    Args:
-        frame: A table of models.
-        columns: Which columns to look at.
-        seed_column: The column that repeats a configuration; where it is missing or never repeats, nothing
-            can be told.
-
-    Returns:
-        The columns of fractional numbers in which no value comes twice.
-    """
-    if seed_column not in frame.columns:
-        return []
-    seeds = frame[seed_column]
-    if seeds.nunique() < 2 or not seeds.duplicated().any():
-        return []
-    fractional = [column for column in columns if pd.api.types.is_float_dtype(frame[column].dtype)]
-    return [column for column in fractional if frame[column].dropna().is_unique]
 
 
 def hashable(values: pd.Series) -> pd.Series:

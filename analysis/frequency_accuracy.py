@@ -9,7 +9,7 @@ fit is tried on models that it has not seen. The Lasso is the published one: bot
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from sklearn.linear_model import Lasso
 
 from flatmin.analysis import bootstrap, frames, frequency
 from flatmin.analysis.configurations import Floats
+from flatmin.analysis.frequency import Curves
 
 PENALTY = 0.01
 FREQUENCIES = 10
@@ -233,6 +234,42 @@ def regressions(found: Mapping[str, Panel], *, resamples: int = RESAMPLES, seed:
     if len(late) > 1:
         groups.insert(0, (POOLED, list(late.values())))
     return [one for line, some in groups if (one := _regression(line, some, resamples, seed)) is not None]
+
+
+def as_published(found: Sequence[Curves], epochs: pd.DataFrame) -> dict[str, float]:
+    """Return what the published Lasso says, of our models: the numbers `lasso_r2` and `lasso_coefficient(i)`.
+
+    It is the pooled one of the published axis, i its index, less the epochs at which the accuracy of an optimizer is
+    more than one deviation below its mean; coefficients are divided by the largest one.
+
+    Args:
+        found: What `frequency.read` returned.
+        epochs: Rows of the `epochs/` table; may be empty.
+
+    Returns:
+        Numbers by name; empty where no spectrum has the published axis, or there is too little to fit.
+    """
+    column = None if epochs.empty else accuracy_column(epochs)
+    theirs = [one.error for one in found if one.published and len(one.error)]
+    if column is None or not theirs:
+        return {}
+    late = [_without_falls(_late(panel)) for panel in panels(theirs[0], epochs, column).values()]
+    if not late or min(len(panel.epochs) for panel in late) < FEWEST_EPOCHS:
+        return {}
+    x, y = _points(late, [np.ones(len(panel.accuracy)) for panel in late])
+    if np.ptp(y) == 0:
+        return {}
+    fitted = _fit(x, y)
+    largest = np.abs(fitted.coefficients).max()
+    scaled = fitted.coefficients / largest if largest > 0 else fitted.coefficients
+    named = {f"lasso_coefficient({k:g})": float(value) for k, value in zip(late[0].ks, scaled, strict=True)}
+    return {"lasso_r2": fitted.r2, **named}
+
+
+def _without_falls(panel: Panel) -> Panel:
+    accuracy = means(panel.accuracy, np.ones(len(panel.accuracy)))
+    kept = accuracy >= accuracy.mean() - accuracy.std()
+    return Panel(panel.epochs[kept], panel.ks, panel.accuracy[:, kept], panel.errors[:, kept])
 
 
 def _late(panel: Panel) -> Panel:

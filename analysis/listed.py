@@ -161,7 +161,7 @@ def all_models(models: pd.DataFrame, sharpness: pd.DataFrame) -> str:
     """
     table = frames.wide(models, sharpness)
     labels = frames.labels(sharpness)
-    seeds = [name for name in frames.SEED_COLUMNS if name in models.columns and models[name].nunique() > 1]
+    seeds = [name for name in models.columns if frames.is_seed(name) and models[name].nunique() > 1]
     # A seed of one stream is `seed` unless it was given; only then it tells something.
     seeds = [name for name in seeds if name == "seed" or "seed" not in seeds or not models[name].equals(models["seed"])]
     chosen = [
@@ -192,8 +192,12 @@ def all_settings(study: Mapping[str, object], models: pd.DataFrame) -> str:
         study: The resolved study.
         models: Rows of the `models/` table.
     """
-    axes = set(frames.varying(models)) | frames.RESULT_COLUMNS | set(frames.SEED_COLUMNS)
-    fixed = [(column, models[column].iloc[0]) for column in models.columns if column not in axes]
+    axes = set(frames.varying(models)) | frames.RESULT_COLUMNS
+    fixed = [
+        (column, models[column].iloc[0])
+        for column in models.columns
+        if column not in axes and not (frames.is_seed(column) and models[column].nunique() > 1)
+    ]
     rows = [(axis, frames.ordered(models[axis])) for axis in frames.varying(models)]
     asked = [(key, study[key]) for key in ("seeds", "measures") if study.get(key)]
     rows += [(name, value) for name, value in [*asked, *fixed] if page.text(value) != "–"]

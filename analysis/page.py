@@ -159,13 +159,13 @@ def document(title: str, body: str, *, refresh: float | None = None) -> str:
     again = "" if refresh is None else f' data-refresh="{refresh:g}"'
     folder = resources.files("flatmin.analysis")
     style = folder.joinpath("report.css").read_text(encoding="utf-8")
-    script = folder.joinpath("report.js").read_text(encoding="utf-8")
+    scripts = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in ("layout.js", "report.js"))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>\n{style}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n"
-        f"<body{again}>\n{body}\n<script>\n{script}</script>\n</body>\n</html>\n"
+        f"<body{again}>\n{body}\n<script>\n{scripts}</script>\n</body>\n</html>\n"
     )
 
 

@@ -116,6 +116,7 @@ def compare(
     *,
     numbers: pd.DataFrame | None = None,
     recipes: pd.DataFrame | None = None,
+    of_all: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """Set our numbers beside the published ones.
 
@@ -129,6 +130,7 @@ def compare(
         numbers: The published numbers; None: `published()`.
         recipes: The settings of the models that the study trains as published, a row each. Whatever else ours were
             trained with is named in `conventions`; None: only what `recipe` records.
+        of_all: Our numbers that are of all models of a study together, by quantity.
 
     Returns:
         The published rows of the models' studies, and for each `stderr` (of theirs), `ours` (mean), `ours_sd` (sample
@@ -139,7 +141,7 @@ def compare(
     numbers = published() if numbers is None else numbers
     own = models[~_stand_in(models)] if "study" in models.columns else models.iloc[:0]
     numbers = numbers[numbers["study"].isin(own["study"].unique())].reset_index(drop=True)
-    tables = _tables(own, sharpness, epochs)
+    tables = _tables(own, sharpness, epochs, of_all or {})
     keys = set(zip(numbers["study"], numbers["settings"], strict=True))
     groups = {key: _matching(tables.models[tables.models["study"] == key[0]], key[1]) for key in keys}
     changed = {key: _changed(group, recipes, key[1]) for key, group in groups.items()}
@@ -161,6 +163,7 @@ class _Tables:
     levels: pd.DataFrame
     sharpness: pd.DataFrame | None
     epochs: pd.DataFrame | None
+    of_all: Mapping[str, float]
 
     def axes(self, models: pd.DataFrame) -> list[str]:
         """Name the settings that differ between some models of the table."""
@@ -168,13 +171,14 @@ class _Tables:
         return [str(axis) for axis in self.levels.columns[(levels != levels[:1]).any(axis=0)]]
 
 
-def _tables(models: pd.DataFrame, sharpness: pd.DataFrame | None, epochs: pd.DataFrame | None) -> _Tables:
+def _tables(
+    models: pd.DataFrame, sharpness: pd.DataFrame | None, epochs: pd.DataFrame | None, of_all: Mapping[str, float]
+) -> _Tables:
     wide = frames.wide(models, sharpness)
     axes = frames.varying(wide, exclude=frames.labels(sharpness))
-    # a seed of the split repeats a configuration too: a published seed draws everything
-    levels = {axis: frames.levels(wide[axis]) for axis in axes if not axis.endswith("_seed")}
+    levels = {axis: frames.levels(wide[axis]) for axis in axes}
     measured = sharpness if sharpness is not None and len(sharpness) else None
-    return _Tables(wide, pd.DataFrame(levels, index=wide.index), measured, epochs)
+    return _Tables(wide, pd.DataFrame(levels, index=wide.index), measured, epochs, of_all)
 
 
 def _stand_in(models: pd.DataFrame) -> pd.Series[bool]:
@@ -200,7 +204,7 @@ def _changed(models: pd.DataFrame, recipes: pd.DataFrame | None, settings: str) 
     own = _matching(recipes, settings)
     said = []
     for name in own.columns:
-        if name == "seed" or name.endswith("_seed") or name not in models.columns:
+        if frames.is_seed(name) or name not in models.columns:
             continue
         # null is a setting that came with a later version, whose neutral value these models have
         ours, theirs = (dict.fromkeys(map(_told, values)) for values in (models[name].dropna(), own[name]))
@@ -230,6 +234,8 @@ def _one(
     tau = _TAU.fullmatch(row["quantity"])
     if models.empty:
         ours = _Ours(np.empty(0), missing="no model has these settings")
+    elif row["settings"] == "{}" and row["quantity"] in tables.of_all:
+        ours = _Ours(np.array([tables.of_all[row["quantity"]]]), int(frames.kept(models).sum()))
     elif tau:
         ours = _correlation(models, tables.axes(models), **tau.groupdict())
     else:

@@ -2,6 +2,7 @@
 // loads a page that is written anew while a study runs.
 "use strict";
 (() => {
+  const { narrow, leastWidth, named, forPhone, withoutMenus } = layouts;
   const unpacked = {};
   const read = (id) => JSON.parse(unpacked[id] ?? document.getElementById(id).textContent);
 
@@ -23,15 +24,6 @@
     }
   }
 
-  const narrow = window.matchMedia("(max-width: 640px)").matches;
-
-  // panels beside each other keep a width that can be read; a phone scrolls
-  function leastWidth(layout) {
-    const axes = Object.keys(layout).filter((name) => /^xaxis\d*$/.test(name));
-    const columns = new Set(axes.map((name) => layout[name].domain?.[0] ?? 0)).size;
-    return columns > 1 ? 250 * columns + "px" : "";
-  }
-
   const fits = (of) => Object.entries(of).every(([name, value]) => state[name] === value);
 
   // the figures are made for a light page; in the dark only what surrounds the data changes
@@ -47,12 +39,7 @@
         };
       }
     }
-    // plotly.js has one colour for the active button, a light one
-    const menu = { bgcolor: "#dfe3e9", font: { color: "#1f2933" } };
-    // a row of buttons is too long for a phone
-    const short = (one) => (narrow && one.buttons.length > 2 ? { ...one, type: "dropdown" } : one);
-    const menus = (layout.updatemenus || []).map((one) => (dark ? { ...short(one), ...menu } : short(one)));
-    return menus.length ? { ...out, updatemenus: menus } : out;
+    return out;
   }
 
   // the dark end of a colour scale cannot be seen on a dark page
@@ -81,6 +68,7 @@
       displaylogo: false,
       showSendToCloud: false,
       plotlyServerURL: "",
+      displayModeBar: narrow ? false : undefined,
       modeBarButtonsToRemove: ["sendDataToCloud", "sendChartToCloud", "lasso2d", "select2d"],
     };
     const name = place.dataset.figure;
@@ -92,37 +80,78 @@
     box.classList.toggle("absent", button.disabled);
     if (button.disabled) {
       Plotly.purge(place);
+      menusOf(box).replaceChildren();
       place.style.minHeight = "0";
       const reason = variant ? variant.reason : "the measure is not in it.";
       box.querySelector(".caption").textContent = "No figure for this choice: " + reason;
       return;
     }
-    const traces = variant.traces.map(([number, own]) => picked({ ...structuredClone(figure.traces[number]), ...own }));
+    const whole = variant.traces.map(([number, own]) => picked({ ...structuredClone(figure.traces[number]), ...own }));
+    const traces = narrow ? whole.map(named) : whole;
     button.dataset.place = variant.table;
     box.querySelector(".caption").textContent = variant.caption;
-    place.style.minHeight = variant.layout.height + "px";
-    place.style.minWidth = leastWidth(variant.layout);
-    const layout = coloured(structuredClone(variant.layout));
+    const plain = withoutMenus(structuredClone(variant.layout));
+    const layout = coloured(narrow ? forPhone(plain, traces, place.parentElement.clientWidth) : plain);
+    place.style.minHeight = layout.height + "px";
+    place.style.minWidth = leastWidth(layout);
     Plotly.react(place, traces.map(lifted), layout, options);
-    press(place, name, layout.updatemenus || []);
+    offerMenus(place, name, variant.layout.updatemenus ?? []);
   }
 
   // what a button says, less the counts of the models at hand
   const words = (button) => button.label.replace(/ \(.*/, "");
 
-  // a figure that is drawn anew keeps the buttons that the reader pressed in it
-  function press(place, name, menus) {
+  function menusOf(box) {
+    const found = box.querySelector(".menus");
+    if (found) return found;
+    const made = document.createElement("div");
+    made.className = "menus";
+    box.querySelector(".scroll").before(made);
+    return made;
+  }
+
+  // a figure that is drawn anew keeps what the reader chose in it, and the focus stays
+  function offerMenus(place, name, menus) {
+    const held = menusOf(place.closest("figure"));
+    if (held.childElementCount !== menus.length) {
+      held.replaceChildren(...menus.map((menu) => document.createElement(menu.type === "buttons" ? "div" : "select")));
+    }
     menus.forEach((menu, number) => {
-      const active = menu.buttons.findIndex((button) => words(button) === pressed[name]?.[number]);
-      if (active <= 0) return;
-      const { method, args } = menu.buttons[active];
-      Plotly[method](place, ...structuredClone(args));
-      Plotly.relayout(place, { [`updatemenus[${number}].active`]: active });
+      const element = held.children[number];
+      const chosen = Math.max(0, menu.buttons.findIndex((button) => words(button) === pressed[name]?.[number]));
+      const apply = (option) => Plotly[menu.buttons[option].method](place, ...structuredClone(menu.buttons[option].args));
+      const choose = (option) => {
+        (pressed[name] ??= {})[number] = words(menu.buttons[option]);
+        apply(option);
+      };
+      element.setAttribute("aria-label", menu.name);
+      if (chosen > 0) apply(chosen);
+      (menu.type === "buttons" ? offerButtons : offerOptions)(element, menu, chosen, choose);
     });
-    place.removeAllListeners("plotly_buttonclicked");
-    place.on("plotly_buttonclicked", ({ menu, button }) => {
-      (pressed[name] ??= {})[menu._index] = words(button);
+  }
+
+  function fill(element, menu, tag) {
+    while (element.childElementCount > menu.buttons.length) element.lastChild.remove();
+    while (element.childElementCount < menu.buttons.length) element.append(document.createElement(tag));
+    menu.buttons.forEach((button, place) => { element.children[place].innerHTML = button.label; });
+    return [...element.children];
+  }
+
+  function offerButtons(element, menu, chosen, choose) {
+    element.setAttribute("role", "group");
+    const buttons = fill(element, menu, "button");
+    const show = (active) => buttons.forEach((one, place) => one.setAttribute("aria-pressed", String(place === active)));
+    buttons.forEach((one, place) => {
+      one.type = "button";
+      one.onclick = () => { choose(place); show(place); };
     });
+    show(chosen);
+  }
+
+  function offerOptions(element, menu, chosen, choose) {
+    fill(element, menu, "option");
+    element.selectedIndex = chosen;
+    element.onchange = () => choose(element.selectedIndex);
   }
 
   const drawFigures = () => document.querySelectorAll(".plot").forEach(drawFigure);

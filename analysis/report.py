@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pandas as pd
 
-from flatmin.analysis import choices, controls, frames, frequency, listed, listed_frequency, page, published, sections
+from flatmin.analysis import (
+    choices,
+    controls,
+    frames,
+    frequency,
+    frequency_accuracy,
+    listed,
+    listed_frequency,
+    page,
+    published,
+    sections,
+)
 from flatmin.analysis.section import Left, Section, Variant
 from flatmin.errors import RequestError
 
@@ -69,7 +80,8 @@ def report(
     views = choices.views(models, sharpness, target)
     waves = [] if spectra is None or spectra.empty else frequency.read(spectra, models)
     measured = frequency.with_ratios(sharpness, waves, models, epochs)
-    compared = published.compare(models, measured, epochs, recipes=recipes)
+    of_all = frequency_accuracy.as_published(waves, epochs)
+    compared = published.compare(models, measured, epochs, recipes=recipes, of_all=of_all)
     shown, left = sections.figures(
         views,
         epochs,

@@ -111,21 +111,31 @@ def optimizer_comparison(view: View, compared: pd.DataFrame | None) -> Iterator[
     if "optimizer" not in view.models.columns or view.models["optimizer"].nunique() < 2:
         yield Missing("there is one optimizer.")
         return
-    data = optimizers.data(models, compared) if len(models) else pd.DataFrame()
+    data = optimizers.data(models, compared) if len(models) and _tested(models) else pd.DataFrame()
     if data.empty or data["mean"].isna().all():
         yield Missing("no model that counts has a test result.", of)
         return
+    quantities = set(data["quantity"])
+    what = "test loss" if "test_loss" in quantities else "test accuracy"
     caption = (
-        f"{counted(view.models)} A line per configuration, the best mean on top. Points: mean over seeds; bars: 95 % "
-        "interval of the mean by Student's t, none for one seed. Last: at the last weights. Best on test: the highest "
-        "test accuracy of any epoch, which is chosen on the test set and is for comparison with papers only."
+        f"{counted(view.models)} A line per configuration, the best mean on top. Points: mean {what} over seeds; bars: "
+        "95 % interval of the mean by Student's t, none for one seed. Last: at the last weights."
     )
+    if "best_test_acc" in quantities:
+        caption += (
+            " Best on test: the highest test accuracy of any epoch, which is chosen on the test set and is for "
+            "comparison with papers only."
+        )
     if data["published"].notna().any():
         caption += " Crosses: published values, with their standard error where it is known."
     count = data["configuration"].nunique()
     if count > optimizers.MOST_LINES:
         caption += f" Of {count} configurations, the best {optimizers.MOST_LINES} are drawn; the data has all."
     yield Variant(caption, panels.drawn(optimizers.draw(data)), data, of=of)
+
+
+def _tested(models: pd.DataFrame) -> bool:
+    return not {"test_acc", "test_loss"}.isdisjoint(models.columns)
 
 
 def optimizers_along_settings(view: View) -> Iterator[Variant | Missing]:
@@ -138,7 +148,7 @@ def optimizers_along_settings(view: View) -> Iterator[Variant | Missing]:
         if axis == "optimizer":
             yield Missing("it is along another setting than the optimizer; choose one above.", of)
             continue
-        data = optimizers_along.data(view.models, axis=axis)
+        data = optimizers_along.data(view.models, axis=axis) if _tested(view.models) else pd.DataFrame()
         if data.empty or data["mean"].isna().all():
             yield Missing("no model that counts has a test result.", of)
             continue

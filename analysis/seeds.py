@@ -165,7 +165,7 @@ def _counted(
 ) -> tuple[pd.DataFrame, list[str]]:
     frames.check_columns(models, [*columns, *(axes or ())], role="optimizer table")
     table = models[frames.kept(models)].reset_index(drop=True)
-    left_out = {seed_column, *frames.SEED_COLUMNS}
+    left_out = {seed_column, *filter(frames.is_seed, table.columns)}
     names = independent(table, exclude={*columns, *left_out}) if axes is None else axes
     return table, [name for name in names if name not in left_out]
 

@@ -56,7 +56,7 @@ def along(
     frames.check_columns(table, [axis, *names], role="sweep")
     table = table[frames.kept(table)].reset_index(drop=True)
     goal = _goal(table, target)
-    left_out = {seed_column, *frames.SEED_COLUMNS}
+    left_out = {seed_column, *filter(frames.is_seed, table.columns)}
     known = independent(table, exclude={target, *names, *left_out}) if axes is None else axes
     settings = [name for name in dict.fromkeys([*known, axis]) if name not in left_out]
     level = frames.numeric(table, axis, role="axis")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from flatmin.analysis import frequency
+from flatmin.analysis import frequency, frequency_accuracy
 from flatmin.analysis.published import compare, published
 from flatmin.orchestrator.study import builtin_names, read_study
 from flatmin.results import Results
@@ -26,7 +26,8 @@ def published_beside(results: Results) -> pd.DataFrame:
     name = str(models["study"].iloc[0]) if len(models) else ""
     epochs, waves = results.epochs(), frequency.read(results.spectra(), models)
     measured = frequency.with_ratios(results.sharpness(), waves, models, epochs)
-    compared = compare(models, measured, epochs, recipes=as_published(name))
+    of_all = frequency_accuracy.as_published(waves, epochs)
+    compared = compare(models, measured, epochs, recipes=as_published(name), of_all=of_all)
     numbers = published()
     others = numbers[~numbers["study"].isin(compared["study"])]
     others = others.assign(missing="no model of this study is there, stand-ins left out")

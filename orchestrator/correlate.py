@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from flatmin.analysis.association import MeasureCorrelation
 from flatmin.analysis.correlation import Correlations, correlate
-from flatmin.analysis.frames import read_table
+from flatmin.analysis.reading import read_table
+from flatmin.bucket import BucketPath
 from flatmin.errors import RequestError
 from flatmin.files import place
 from flatmin.orchestrator.terminal import print_table, short
@@ -37,7 +38,10 @@ def correlate_table(
     Raises:
         RequestError: No such table or column, one that is not numeric, or a filter that cannot be read.
     """
-    if (place(table) / "results.json").exists():
+    there = place(table)
+    if isinstance(there, BucketPath):
+        there.reach()
+    if (there / "results.json").exists():
         results = Results.open(table)
         models, sharpness = results.models(), results.sharpness()
         if models.empty:

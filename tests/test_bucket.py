@@ -17,7 +17,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from flatmin import bucket, lease
-from flatmin.analysis.frames import read_table
+from flatmin.analysis.reading import read_table
 from flatmin.bucket import BucketPath, Changed
 from flatmin.errors import LeaseLost, RequestError, ResultsError
 from flatmin.lease import Lease
@@ -230,6 +230,8 @@ def test_an_owner_that_was_away_learns_it(place: str, monkeypatch: pytest.Monkey
 def test_what_cannot_be_reached_is_said_at_once(place: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResultsError, match="'s3://no-such-bucket/r' cannot be used"):
         Results.open("s3://no-such-bucket/r")
+    with pytest.raises(ResultsError, match=r"'s3://no-such-bucket/t\.csv' cannot be used"):
+        correlate_table("s3://no-such-bucket/t.csv")
     with pytest.raises(ResultsError, match="there is no results directory"):
         Results.open(f"{place}/nowhere")
     BucketPath.parse(f"{place}/full/thesis.tex").write_bytes(b"")

@@ -65,7 +65,7 @@ def _line(part: pd.DataFrame, k: float, rank: int, colour: str, *, first: bool) 
         name=name,
         legendgroup=name,
         showlegend=first,
-        mode="lines",
+        mode=theme.line_mode(part["epoch"]),
         line={"color": colour, "width": 1.8, "dash": theme.DASHES[rank % len(theme.DASHES)]},
         customdata=part[["sd", "n"]],
         hovertemplate="epoch %{x}: %{y:.3f} (sd %{customdata[0]:.3f}, n = %{customdata[1]})",

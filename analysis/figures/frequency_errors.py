@@ -64,7 +64,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
         _button("log colours", logarithmic, _colours(powers, ["≤ 0.001", "0.01", "0.1", "≥ 1"])),
     ]
     menu = figure.layout.updatemenus[0].to_plotly_json()
-    figure.update_layout(updatemenus=[menu, menu | {"buttons": buttons, "x": 0, "xanchor": "left"}])
+    figure.update_layout(updatemenus=[menu, menu | {"name": "colours", "buttons": buttons, "x": 0, "xanchor": "left"}])
     return figure
 
 

@@ -48,7 +48,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
             name=shown,
             legendgroup=shown,
             showlegend=True,
-            mode="lines",
+            mode=theme.line_mode(part["epoch"]),
             line={"color": colour, "width": 1.8, "dash": theme.DASHES[rank % len(theme.DASHES)]},
             customdata=part[["sd", "n"]],
             hovertemplate="epoch %{x}: 10^%{y:.2f} (sd %{customdata[0]:.2f}, n = %{customdata[1]})",

@@ -80,7 +80,7 @@ def averaged(data: pd.DataFrame) -> pd.DataFrame:
         One row per configuration and measure: the same columns without the seed, `models` (how many) in place of
         `model_id`; no `stderr`.
     """
-    axes = [column for column in data.columns if column not in (*_FIXED, *frames.SEED_COLUMNS)]
+    axes = [column for column in data.columns if column not in _FIXED and not frames.is_seed(column)]
     groups = data.groupby(["measure", *axes], dropna=False, sort=False)
     means = groups.agg(
         models=("model_id", "nunique"),
@@ -163,7 +163,7 @@ def draw(data: pd.DataFrame) -> go.Figure:
     if axes:
         _colours(figure, data, names, axes)
     above = {"y": 1, "yanchor": "bottom", "pad": {"b": 26}}
-    scales = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", **above}
+    scales = {"name": "scale of the axes", "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", **above}
     scales["buttons"] = scale_buttons(data, {name: [place + 1] for place, name in enumerate(names)})
     figure.layout.updatemenus = [scales, *figure.layout.updatemenus]
     return figure.update_layout(margin_t=110)
@@ -341,8 +341,8 @@ def _colours(figure: go.Figure, data: pd.DataFrame, names: list[str], axes: list
     )
     figure.update_layout({key.replace(".", "_"): value for key, value in first_layout.items()})
     if len(buttons) > 1:
-        menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 26}}
-        figure.update_layout(updatemenus=[menu])
+        menu = {"name": "colour by", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"}
+        figure.update_layout(updatemenus=[menu | {"pad": {"b": 26}}])
 
 
 def _ranks(values: pd.Series, order: list[object]) -> pd.Series:

@@ -215,6 +215,18 @@ def legend_height(figure: go.Figure) -> int:
     return 20 * -(-names // 3)
 
 
+def line_mode(epochs: pd.Series) -> str:
+    """Return how a line over epochs is drawn: with markers where it has one epoch, for a line alone shows nothing then.
+
+    Args:
+        epochs: The epochs of its points.
+
+    >>> line_mode(pd.Series([1, 2])), line_mode(pd.Series([1]))
+    ('lines', 'lines+markers')
+    """
+    return "lines" if epochs.nunique() > 1 else "lines+markers"
+
+
 def layout(figure: go.Figure, *, height: int) -> go.Figure:
     """Give a figure the page's fonts, grid and margins, and return it.
 
@@ -225,6 +237,7 @@ def layout(figure: go.Figure, *, height: int) -> go.Figure:
     top = 72 + legend_height(figure)
     above = 1 + 24 / max(1, height - top - _BOTTOM)
     line = {"gridcolor": "#e8ebf0", "linecolor": "#9aa4b2", "zerolinecolor": "#c3cad4", "ticks": "outside"}
+    line["exponentformat"] = "power"
     figure.update_layout(
         template="none",
         height=height,
@@ -254,6 +267,7 @@ def epoch_buttons(figure: go.Figure) -> go.Figure:
         for scale in ("linear", "log")
     ]
     rise = legend_height(figure) + 34
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1}
-    figure.update_layout(updatemenus=[menu | {"yanchor": "bottom", "pad": {"b": rise}}], margin_t=rise + 76)
+    menu = {"name": "epochs", "type": "buttons", "direction": "right", "buttons": buttons}
+    menu |= {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": rise}}
+    figure.update_layout(updatemenus=[menu], margin_t=rise + 76)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -195,6 +196,55 @@ def test_a_column_that_no_seeds_share_is_no_axis() -> None:
     assert without_seeds.axes == ("width", "lr", "noise")
 
 
+def test_infinite_values_do_not_make_a_result_an_axis() -> None:
+    table = grid_of_two_axes()
+    table.loc[:1, "result"] = np.inf
+    found = correlate(table, measures=["measure"])
+    assert found.axes == ("lr", "width")
+    assert found.notes == ("taken as results, not as axes, because no two seeds share a value: result",)
+
+
+def test_a_result_that_is_taken_as_an_axis_is_told() -> None:
+    table = grid_of_two_axes().assign(result=lambda frame: range(len(frame)))
+    found = correlate(table, measures=["measure"])
+    assert found.axes == ("lr", "width", "result")
+    assert found.notes == (
+        "no configuration has two models, although values of 'seed' come again: if one of the axes is a result, "
+        "name the axes (--axes)",
+    )
+
+
+def test_seeds_of_data_repeat_a_configuration() -> None:
+    table = grid_of_two_axes().drop(columns="result").assign(split_seed=lambda frame: frame["seed"])
+    assert correlate(table, measures=["measure"]) == correlate(table.drop(columns="split_seed"), measures=["measure"])
+
+
+def test_an_axis_that_is_named_twice_is_one() -> None:
+    table = grid_of_two_axes()
+    one = correlate(table, axes=["lr", "width"], measures=["measure"])
+    assert correlate(table, axes=["lr", "width", "lr"], measures=["measure"]) == one
+    assert one.measures["measure"].psi["lr"].groups == 3
+
+
+def test_a_seed_that_is_named_as_an_axis_is_told() -> None:
+    found = correlate(grid_of_two_axes(), axes=["lr", "seed"], measures=["measure"])
+    assert found.axes == ("lr",)
+    assert found.notes == ("no axis, because the runs of a configuration differ in it: seed",)
+
+
+def test_a_test_set_too_small_for_any_environment_is_told() -> None:
+    found = correlate(grid_of_two_axes(), axes=["lr", "width"], measures=["measure"], test_examples=2)
+    assert found.notes == ("sign error: 2 test examples tell no two configurations apart from chance",)
+
+
+def grid_of_two_axes() -> pd.DataFrame:
+    """Two learning rates, three widths, three seeds; a result of the user's own in which no value comes twice."""
+    rng = np.random.default_rng(0)
+    grid = pd.DataFrame(list(itertools.product([0.1, 0.2], [4, 8, 16], range(3))), columns=["lr", "width", "seed"])
+    columns = {name: rng.random(len(grid)) for name in ("result", "measure", "gen_gap")}
+    return grid.assign(**columns)
+
+
 def test_a_null_setting_is_a_configuration_of_its_own() -> None:
     rho = [None, None, 0.1, 0.2]
     table = pd.DataFrame({"rho": rho, "m": [1.0, 3.0, 4.0, 5.0], "gen_gap": [1.0, 2.0, 3.0, 4.0]})
@@ -219,6 +269,9 @@ def test_with_axes_given_the_other_numeric_columns_are_measures() -> None:
         (lambda t: t.assign(gen_gap=None), {"measures": ["sharp"]}, "null for all 80 models"),
         (lambda t: t.assign(status="diverged"), {"measures": ["sharp"]}, "no model is converged or finished"),
         (lambda t: t, {"measures": ["sharp"], "bootstrap": -1}, "bootstrap: -1"),
+        (lambda t: t, {"measures": ["sharp", "gen_gap"]}, "measures: 'gen_gap' is the target"),
+        (lambda t: t, {"measures": ["sharp"], "axes": ["lr", "gen_gap"]}, "axes: 'gen_gap' is the target"),
+        (lambda t: t, {"measures": ["sharp"], "seed_column": "sead"}, "seed column: .* Did you mean 'seed'"),
     ],
 )
 def test_errors_say_what_is_wrong(

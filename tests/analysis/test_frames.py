@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from flatmin.analysis import frames
+from flatmin.analysis.reading import read_table
 from flatmin.errors import RequestError
 
 
@@ -20,20 +21,27 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path, suffix: str) -> None:
         table.to_csv(path, index=False)
     else:
         table.to_parquet(path)
-    pd.testing.assert_frame_equal(frames.read_table(path), table)
-    pd.testing.assert_frame_equal(frames.read_table(str(path)), table)
+    pd.testing.assert_frame_equal(read_table(path), table)
+    pd.testing.assert_frame_equal(read_table(str(path)), table)
 
 
 def test_a_directory_of_parquet_files_is_one_table(tmp_path: Path) -> None:
     for part in range(2):
         pd.DataFrame({"width": [part]}).to_parquet(tmp_path / f"{part}.parquet")
-    assert sorted(frames.read_table(tmp_path)["width"]) == [0, 1]
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    assert sorted(read_table(tmp_path)["width"]) == [0, 1]
+
+
+def test_a_directory_without_parquet_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(RequestError, match="there is no Parquet file in this directory"):
+        read_table(tmp_path)
 
 
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "models.csv").write_text("a\n1\n")
     with pytest.raises(RequestError, match=r"model\.csv: no such file\. Did you mean '.*models\.csv'\?"):
-        frames.read_table(tmp_path / "model.csv")
+        read_table(tmp_path / "model.csv")
 
 
 @pytest.mark.parametrize(
@@ -44,12 +52,15 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
         ("table.parquet", "not parquet", "not a readable .parquet table"),
         ("table.csv", "", "not a readable .csv table"),
         ("table.csv", "a,b\n", "has no rows"),
+        ("table.csv", "a;b\n1,5;2\n", "parted by semicolons; write commas"),
+        ("table.csv", "a\tb\n1\t2\n", r"parted by tabs; call it \.tsv"),
+        ("table.tsv", "a,b\n1,2\n", r"parted by commas; call it \.csv"),
     ],
 )
 def test_files_that_are_no_tables_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(RequestError, match=message):
-        frames.read_table(tmp_path / name)
+        read_table(tmp_path / name)
 
 
 def test_a_missing_column_names_the_nearest_and_all_valid_ones() -> None:

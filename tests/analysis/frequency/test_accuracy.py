@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 from scipy import stats
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import Lasso, LinearRegression
 
 from flatmin.analysis import frequency, frequency_accuracy
 from flatmin.analysis.frequency_accuracy import PENALTY, Panel
@@ -100,6 +100,33 @@ def test_the_lasso_meets_its_optimality_conditions() -> None:
     assert (np.abs(gradient[b == 0]) <= PENALTY + 2e-4).all()
     assert one.r2 == pytest.approx(1 - ((y - x @ b) ** 2).sum() / (y**2).sum())
     assert one.r2 < LinearRegression().fit(x, y).score(x, y)
+
+
+def test_the_published_lasso_leaves_out_falls_and_scales_by_the_largest(make: Any) -> None:
+    """Of a table in which accuracy follows two indices, and falls at one late epoch for another reason."""
+    rng, epochs = np.random.default_rng(3), np.arange(1, 41)
+    axis = {"label": "fourier(published=true)", "published": True, "ks": range(12)}
+    made = make(exponents={"sgd": 1.0}, seeds=2, epochs=epochs, **axis)
+    errors = 0.5 + 0.1 * rng.random((len(epochs), 12))
+    text = made.spectra["settings"].str.contains('"part": "error"')
+    spectra = made.spectra[text].copy()
+    spectra["value"] = [errors[int(epoch) - 1, int(k)] for epoch, k in zip(spectra["epoch"], spectra["x"], strict=True)]
+    accuracy = 0.9 - 0.2 * errors[:, 3] + 0.1 * errors[:, 7]
+    accuracy[34] = 0.1
+    table = made.epochs.assign(val_acc=accuracy[made.epochs["epoch"].to_numpy() - 1])
+    found = frequency_accuracy.as_published(frequency.read(spectra, made.models), table)
+    late = np.setdiff1d(np.arange(12, 40), [34])
+    assert accuracy[late].min() > accuracy[12:].mean() - accuracy[12:].std() > accuracy[34]
+    x, y = errors[late, :10], accuracy[late]
+    model = Lasso(alpha=PENALTY, fit_intercept=False, max_iter=100_000).fit(standardised(x), standardised(y))
+    scaled = model.coef_ / np.abs(model.coef_).max()
+    assert list(found) == ["lasso_r2", *[f"lasso_coefficient({k})" for k in range(10)]]
+    np.testing.assert_allclose([found[f"lasso_coefficient({k})"] for k in range(10)], scaled, atol=1e-8)
+    assert scaled[3] == -1
+    assert found["lasso_r2"] == pytest.approx(model.score(standardised(x), standardised(y)))
+    plain = spectra.assign(settings=spectra["settings"].str.replace('"published": true', '"published": false'))
+    assert frequency_accuracy.as_published(frequency.read(plain, made.models), table) == {}
+    assert frequency_accuracy.as_published(frequency.read(spectra, made.models), table.iloc[:0]) == {}
 
 
 def test_orthogonal_columns_are_shrunk_by_the_penalty() -> None:
