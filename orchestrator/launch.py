@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from flatmin.bucket import BucketPath, Place
+from flatmin.compact import forget
 from flatmin.errors import RequestError, ResultsError
 from flatmin.files import write_atomically
 from flatmin.labels import parse_label
@@ -306,9 +307,10 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
 
 def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
     """Take models that lack a measure out of results that came without weights, so that they are trained again."""
-    for trial in what_is_missing(results, plan).measure:
-        if not results.weights_file(trial.trial_id).exists():
-            results.remove(results.table_file("models", trial.trial_id))
+    lacking = {trial.trial_id for trial in what_is_missing(results, plan).measure}
+    without = [trial_id for trial_id in lacking if not results.weights_file(trial_id).exists()]
+    if without:
+        forget(results, "models", without)
 
 
 def _run(results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int) -> bool:
