@@ -261,8 +261,8 @@ def _distinct(trials: Sequence[Trial]) -> int:
 
 def what_is_missing(results: Results, plan: Plan) -> Missing:
     """Return what of a plan is not in a results directory."""
-    models = results.table("models").select(["model_id", "trial_id", "status"]).to_pylist()
-    return missing(plan, models, results.measured())
+    models = results.table("models").select(["model_id", "trial_id", "status"])
+    return missing(plan, zip(*(column.to_pylist() for column in models.columns), strict=True), results.measured())
 
 
 def measured_at_end_alone(results: Results, plan: Plan) -> int:
@@ -295,10 +295,10 @@ def refused(results: Results, done: Missing) -> dict[str, str]:
 def write_plan(results: Results, plan: Plan, study: Study) -> None:
     """Write the plan's models and the resolved study."""
     planned_at = now()
-    rows = [
+    rows = (
         {"model_id": model.model_id, "study": plan.study, **model.settings, "planned_at": planned_at}
         for model in plan.models
-    ]
+    )
     name = digest([model.model_id for model in plan.models])
     if not results.table_file("plan", name).exists():
         results.write("plan", name, rows, study.arguments)

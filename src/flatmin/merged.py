@@ -3,7 +3,7 @@
     merged.json                    {"version": ..., "files": {"models": ["merged-0123456789abcdef.parquet"]}}
     models/merged-....parquet      rows of many files; its footer has their names, sizes, times of change and row counts
 
-`merged.json` is replaced whole. A merged file counts while it is named there; a file whose rows it holds counts no more,
+`merged.json` is replaced whole. A merged file counts while it is named there; a file whose rows it holds does not,
 unless it was written again since, and is deleted some time later. So a reader that finds the same version before and
 after it lists a table has seen every row once: what was deleted meanwhile is in the merged files of that version, and
 what vanishes later, before it is opened, sends the reader back to the beginning.

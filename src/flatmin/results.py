@@ -32,7 +32,7 @@ from flatmin.bucket import BucketPath, Place
 from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.files import place, write_atomically
 from flatmin.settings import Argument
-from flatmin.tables import SCHEMA_VERSION, TABLES, schema, to_arrow
+from flatmin.tables import SCHEMA_VERSION, TABLES, arrow_batches, schema
 
 if TYPE_CHECKING:  # it takes longer to import than a query to answer
     import pandas as pd
@@ -172,9 +172,10 @@ class Results:
         arguments: Mapping[str, Argument] | None = None,
     ) -> None:
         """Write one file of a table, whole or not at all; a file of that name is replaced."""
-        content = to_arrow(rows, schema(table, arguments))
-        sink = pa.BufferOutputStream()
-        pq.write_table(content, sink)
+        sink, columns = pa.BufferOutputStream(), schema(table, arguments)
+        with pq.ParquetWriter(sink, columns) as writer:
+            for batch in arrow_batches(rows, columns):
+                writer.write_table(batch)
         write_atomically(self.table_file(table, name), sink.getvalue().to_pybytes())
 
     def holds(self, table: str, name: str) -> bool:

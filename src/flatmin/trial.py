@@ -10,7 +10,7 @@ from flatmin.errors import RequestError
 from flatmin.settings import digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Model:
     """One network to be trained once.
 
