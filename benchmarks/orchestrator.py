@@ -157,7 +157,12 @@ def overhead(models: int, peers_models: int, repetitions: int) -> Table:
         ten = 10_000 / SLOTS
         expected = (once + ten + 10_000 / SLOTS * statistics.median(beyond) / 1e3) / ten - 1
         table.add_row(
-            f"{who}, start left out", str(count), "", spread, "", f"10,000 models, reckoned: {expected:.1%}",
+            f"{who}, start left out",
+            str(count),
+            "",
+            spread,
+            "",
+            f"10,000 models, reckoned: {expected:.1%}",
             f"{statistics.median(beyond):.0f}",
         )
     table.caption = f"{models} models of ours left {files} files"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from flatmin.bucket import BucketPath, Place
-from flatmin.compact import forget
+from flatmin.compact import compact_many, forget
 from flatmin.errors import RequestError, ResultsError
 from flatmin.files import write_atomically
 from flatmin.labels import parse_label
@@ -241,6 +241,7 @@ def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Co
         )
     out_of_time = _run(results, before, options, console, lease, len(plan.models))
     results.clear_temporary()
+    compact_many(results)
     after = what_is_missing(results, plan)
     for label, reason in refused(results, before).items():
         console.print(f"{label} has no value: {reason}", style="yellow", markup=False, highlight=False)

@@ -248,3 +248,13 @@ def test_read_all_the_while_rows_only_come_and_none_is_seen_twice(tmp_path: Path
     assert merges > 1
     compact.compact(results)
     assert len(files(results, "models")) == len(merged.read(results.path).of("models")) == 1
+
+
+def test_a_launch_merges_by_itself_only_where_there_are_very_many(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compact.compact_many(results)
+    assert len(files(results, "models")) == TRIALS
+    monkeypatch.setattr(compact, "MANY", TRIALS)
+    compact.compact_many(results)
+    assert len(files(results, "models")) == 1

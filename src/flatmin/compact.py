@@ -38,6 +38,9 @@ TARGET_BYTES = 128 * 2**20
 SMALL_BYTES = 16 * 2**20
 """A merged file below this, on disk, is merged again with what came later."""
 
+MANY = 1000
+"""Small files of a table after which a launch compacts at its end: opening them takes a millisecond or more each."""
+
 _BATCH = 512
 """Files that are read before their rows are put together: a table of few rows takes more memory than the rows."""
 
@@ -66,6 +69,16 @@ def compact(results: Results) -> list[Compacted]:
         ResultsError: Others change the same files all the time.
     """
     return [_repeated(lambda table=table: _compact(results.path, table), results.path) for table in TABLES]
+
+
+def compact_many(results: Results) -> None:
+    """Merge the small files of committed trials where there are very many.
+
+    Raises:
+        ResultsError: Others change the same files all the time.
+    """
+    if len(scan.listed(results.path, "models").parts) >= MANY:
+        compact(results)
 
 
 def forget(results: Results, table: str, names: Collection[str]) -> None:

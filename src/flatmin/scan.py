@@ -159,26 +159,25 @@ def _counting(folder: Place, names: Sequence[str], there: Sequence[Stamp]) -> Fi
     return Files(files, noted, [stamp for stamp in parts if stamp[0] not in gone], bad)
 
 
-def scan(root: Place, table: str, *, anew: bool = False) -> tuple[list[pa.Table], Bad]:
+def scan(root: Place, table: str) -> tuple[list[pa.Table], Bad]:
     """Return the rows of a table's readable files, and which are not and why.
 
     Args:
         root: The results directory.
         table: The table.
-        anew: Open every file, whatever is known of it.
 
     Raises:
         ResultsError: Its files change faster than they can be read.
     """
     for _ in range(_TRIES):
         with suppress(FileNotFoundError):
-            return _read(root, table, listed(root, table), anew=anew)
+            return _read(root, table, listed(root, table))
     raise ResultsError(f"the files of '{root / table}' change faster than they can be read")
 
 
-def _read(root: Place, table: str, files: Files, *, anew: bool) -> tuple[list[pa.Table], Bad]:
+def _read(root: Place, table: str, files: Files) -> tuple[list[pa.Table], Bad]:
     file_of_cache, expected = root / "cache" / f"{table}.arrow", schema(table)
-    kept = cache.Kept(expected.empty_table()) if anew else cache.load(file_of_cache, expected)
+    kept = cache.load(file_of_cache, expected)
     good: dict[Stamp, tuple[int, int] | pa.Table] = {}
     bad = list(files.bad)
     for known, found in _each(root / table, files.all, kept.spans, lambda file: rows_of(file, table, expected)):
@@ -189,7 +188,7 @@ def _read(root: Place, table: str, files: Files, *, anew: bool) -> tuple[list[pa
     counts = {known: len(found) if isinstance(found, pa.Table) else found[1] for known, found in good.items()}
     parts = _parts(kept.rows, good.values(), whole=table != "spectra" or bool(files.merged))
     opened = [known for known, found in good.items() if isinstance(found, pa.Table)]
-    if not anew and (len(opened) >= cache.WORTH or any(known in files.merged for known in opened)):
+    if len(opened) >= cache.WORTH or any(known in files.merged for known in opened):
         cache.save(file_of_cache, counts, joined(parts, table))
     if files.merged:
         parts = _in_order(joined(parts, table), files, counts, whole=table != "spectra")
