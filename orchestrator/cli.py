@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestWarning
-from flatmin.orchestrator.cli_results import correlate, export, import_, query, replay, report, status
+from flatmin.orchestrator.cli_results import compact, correlate, export, import_, query, replay, report, status
 from flatmin.orchestrator.cli_studies import new, plan, schema, studies
 from flatmin.orchestrator.terminal import (
     JsonOption,
@@ -158,6 +158,7 @@ for command in (
     launch,
     status,
     query,
+    compact,
     measure,
     correlate,
     report,

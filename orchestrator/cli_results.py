@@ -58,6 +58,20 @@ def _print_status(found: Status, *, as_json: bool) -> None:
     print_table(["", ""], [[name.replace("_seconds", ""), value] for name, value in shown.items()])
 
 
+def compact(results: ResultsOption, as_json: JsonOption = False) -> None:
+    """Merge the small files of trials into few large ones; a launch may go on meanwhile."""
+    from dataclasses import asdict
+
+    from flatmin.compact import compact as merge
+    from flatmin.results import Results
+
+    done = merge(Results.open(results))
+    if as_json:
+        print(json.dumps([asdict(table) for table in done], indent=2))
+    else:
+        print_table(["table", "files before", "files after"], [[one.table, one.before, one.after] for one in done])
+
+
 def replay(
     model_id: Annotated[str, typer.Argument(metavar="MODEL_ID", help="A model's id, or the beginning of it.")],
     results: ResultsOption,

@@ -100,7 +100,8 @@ def trial_costs(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     Raises:
         RequestError: A trial cannot be trained.
     """
-    keys = [_what_counts(trial) for trial in trials]
+    alike: dict[str, str] = {}  # of many thousand trials, a few kinds
+    keys = [alike.setdefault(key, key) for key in map(_what_counts, trials)]
     distinct = {key: {**trial.program, "measures": trial.measures} for key, trial in zip(keys, trials, strict=True)}
     found = dict(zip(distinct, program_costs(list(distinct.values())), strict=True))
     costs = [found[key] for key in keys]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Any
@@ -12,6 +13,7 @@ from flatmin import plugins
 from flatmin.errors import RequestError, nearest
 from flatmin.orchestrator.document import Place, shown
 from flatmin.orchestrator.study_file import StudyFile
+from flatmin.point import Point, Shared
 from flatmin.settings import REQUIRED, Argument, model_id
 from flatmin.trial import Model
 
@@ -135,6 +137,7 @@ def expand(file: StudyFile, where: Where, problems: list[str], at_most: int | No
         problems.extend(too_many)
         return expansion
     everywhere = _known(grids)
+    alike: dict[tuple[str, ...], tuple[str, ...]] = {}  # one list of measures for the thousands of models that share it
     for grid in grids:
         before = len(problems)
         checkers = {
@@ -155,9 +158,10 @@ def expand(file: StudyFile, where: Where, problems: list[str], at_most: int | No
             if checker and settings:
                 identity = model_id(settings, checker.arguments)
                 expansion.models.setdefault(identity, Model(identity, settings))
-                asked = (*expansion.measures.get(identity, ()), *grid.measures)
-                expansion.measures[identity] = tuple(dict.fromkeys(asked))
-                expansion.arguments.update(checker.arguments)
+                asked = tuple(dict.fromkeys((*expansion.measures.get(identity, ()), *grid.measures)))
+                expansion.measures[identity] = alike.setdefault(asked, asked)
+        for checker in checkers.values():
+            expansion.arguments.update(checker.arguments)
     return expansion
 
 
@@ -209,23 +213,43 @@ class _Checker:
     problems: list[str]
     seen: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def resolve(self, point: Mapping[str, Any]) -> dict[str, Any] | None:
-        settings: dict[str, Any] = {name: str(point[name]) for name in NAMES if name in point}
-        failed = False
+    @cached_property
+    def _axes(self) -> list[str]:
+        return [name for name in self.grid.axes if name in NAMES or name in self.arguments]
+
+    @cached_property
+    def _shared(self) -> Shared | None:
+        """What is the same at every point; None where some of it is wrong."""
+        given = self.grid.settings
+        fixed: dict[str, Any] = {name: str(given[name]) for name in NAMES if name in given}
         for name, argument in self.arguments.items():
-            if name in point:
-                value = self._canonical(name, argument, point[name])
-                failed = failed or value is REQUIRED
-                settings[name] = value
-            elif argument.default is REQUIRED:
-                self.problems.append(f"{self.where(('settings',))}: missing '{name}' ({argument.type_name})")
-                failed = True
-            else:
-                settings[name] = argument.default
+            if name in given:
+                fixed[name] = self._canonical(name, argument, given[name])
+            elif name not in self._axes:
+                fixed[name] = argument.default
+                if argument.default is REQUIRED:
+                    self.problems.append(f"{self.where(('settings',))}: missing '{name}' ({argument.type_name})")
+        own = [*self._axes]
         for name in SEEDS:
-            if settings.get(name) is None:
-                settings[name] = settings.get("seed")
-        return None if failed else dict(sorted(settings.items()))
+            if name not in own and fixed.get(name) is None:
+                if "seed" in own:
+                    own.append(name)
+                fixed[name] = fixed.get("seed")
+        wrong = any(value is REQUIRED for value in fixed.values())
+        return None if wrong else Shared({name: fixed[name] for name in fixed if name not in own}, own)
+
+    def resolve(self, point: Mapping[str, Any]) -> Point | None:
+        """Return the settings of a point; None where some of them are wrong."""
+        own = {
+            name: str(point[name]) if name in NAMES else self._canonical(name, self.arguments[name], point[name])
+            for name in self._axes
+        }
+        shared = self._shared
+        if shared is None or any(value is REQUIRED for value in own.values()):
+            return None
+        seed = own.get("seed", shared.fixed.get("seed"))
+        own |= {name: seed for name in SEEDS if name in shared.varying and own.get(name) is None}
+        return Point(shared, tuple(own[name] for name in shared.varying))
 
     def _canonical(self, name: str, argument: Argument, value: Any) -> Any:
         key = (name, repr(value))

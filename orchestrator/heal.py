@@ -6,7 +6,9 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from flatmin.bucket import BucketPath
+from flatmin.compact import forget
 from flatmin.results import Results
+from flatmin.scan import names
 
 
 def heal(results: Results, console: Console) -> None:
@@ -18,17 +20,20 @@ def heal(results: Results, console: Console) -> None:
     results.clear_temporary()
     for table, file in results.unreadable():
         console.print(f"[yellow]{file} cannot be read; what it held is made again", highlight=False)
-        results.remove(file)
-        if table == "epochs":
-            results.remove(results.table_file("models", file.stem))
+        forget(results, table, [file.stem])
+        if table == "epochs":  # of a merged file nobody knows any more whose they were
+            forget(results, "models", names(results.path, "models") - names(results.path, "epochs"))
     left_out = results.check_schema().get("weights") is False
+    forgotten = []
     for trial_id in lost_weights(results):
         if left_out and not results.weights_file(trial_id).exists():
             continue
         console.print(
             f"[yellow]{results.weights_file(trial_id)} cannot be read; its models are trained again", highlight=False
         )
-        results.remove(results.table_file("models", trial_id))
+        forgotten.append(trial_id)
+    if forgotten:
+        forget(results, "models", forgotten)
 
 
 def lost_weights(results: Results) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from flatmin.bucket import BucketPath, Place
+from flatmin.compact import compact_many, forget
 from flatmin.errors import RequestError, ResultsError
 from flatmin.files import write_atomically
 from flatmin.labels import parse_label
@@ -240,6 +241,7 @@ def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Co
         )
     out_of_time = _run(results, before, options, console, lease, len(plan.models))
     results.clear_temporary()
+    compact_many(results)
     after = what_is_missing(results, plan)
     for label, reason in refused(results, before).items():
         console.print(f"{label} has no value: {reason}", style="yellow", markup=False, highlight=False)
@@ -260,8 +262,8 @@ def _distinct(trials: Sequence[Trial]) -> int:
 
 def what_is_missing(results: Results, plan: Plan) -> Missing:
     """Return what of a plan is not in a results directory."""
-    models = results.table("models").select(["model_id", "trial_id", "status"]).to_pylist()
-    return missing(plan, models, results.measured())
+    models = results.table("models").select(["model_id", "trial_id", "status"])
+    return missing(plan, zip(*(column.to_pylist() for column in models.columns), strict=True), results.measured())
 
 
 def measured_at_end_alone(results: Results, plan: Plan) -> int:
@@ -294,10 +296,10 @@ def refused(results: Results, done: Missing) -> dict[str, str]:
 def write_plan(results: Results, plan: Plan, study: Study) -> None:
     """Write the plan's models and the resolved study."""
     planned_at = now()
-    rows = [
+    rows = (
         {"model_id": model.model_id, "study": plan.study, **model.settings, "planned_at": planned_at}
         for model in plan.models
-    ]
+    )
     name = digest([model.model_id for model in plan.models])
     if not results.table_file("plan", name).exists():
         results.write("plan", name, rows, study.arguments)
@@ -306,9 +308,10 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
 
 def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
     """Take models that lack a measure out of results that came without weights, so that they are trained again."""
-    for trial in what_is_missing(results, plan).measure:
-        if not results.weights_file(trial.trial_id).exists():
-            results.remove(results.table_file("models", trial.trial_id))
+    lacking = {trial.trial_id for trial in what_is_missing(results, plan).measure}
+    without = [trial_id for trial_id in lacking if not results.weights_file(trial_id).exists()]
+    if without:
+        forget(results, "models", without)
 
 
 def _run(results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int) -> bool:

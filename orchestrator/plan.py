@@ -135,29 +135,29 @@ class Missing:
     measure: tuple[Trial, ...]
 
 
-def missing(plan: Plan, models: Iterable[Mapping[str, Any]], measured: Iterable[tuple[str, str]]) -> Missing:
+def missing(plan: Plan, models: Iterable[tuple[str, str, str]], measured: Iterable[tuple[str, str]]) -> Missing:
     """Return what of a plan is not in the results.
 
     Args:
         plan: The plan.
-        models: Rows of the `models` table with `model_id`, `trial_id` and `status`.
+        models: `model_id`, `trial_id` and `status` of the trained models.
         measured: The (model_id, label) pairs that have been computed.
     """
-    rows = {row["model_id"]: row for row in models}
+    rows = {model_id: (trial_id, status) for model_id, trial_id, status in models}
     done = set(measured)
     train: list[Trial] = []
     lacking: dict[tuple[str, tuple[str, ...]], list[Model]] = {}
     for trial in plan.trials:
         left = tuple(model for model in trial.models if model.model_id not in rows)
         if left:
-            train.append(replace(trial, models=left))
+            train.append(trial if len(left) == len(trial.models) else replace(trial, models=left))
         for model in trial.models:
-            row = rows.get(model.model_id)
-            if row is None or row["status"] == "diverged":
+            trial_id, status = rows.get(model.model_id, ("", "diverged"))
+            if status == "diverged":
                 continue
             labels = tuple(label for label in trial.measures if (model.model_id, label) not in done)
             if labels:
-                lacking.setdefault((row["trial_id"], labels), []).append(model)
+                lacking.setdefault((trial_id, labels), []).append(model)
     measure = [
         Trial(plan.study, tuple(members), labels, committed_as=trial_id)
         for (trial_id, labels), members in lacking.items()

@@ -35,6 +35,8 @@ class Display:
     def __init__(self, console: Console, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.console, self.total, self.before, self.clock = console, total, done, clock
         self.ended: dict[str, int] = {}
+        """Models that have ended, of the trials under way."""
+        self.finished_models = 0
         self.failed_attempts = 0
         self.started = self.logged = clock()
         self._bar = Progress(
@@ -64,15 +66,19 @@ class Display:
     @property
     def done(self) -> int:
         """Models that have ended, those of earlier launches among them."""
-        return self.before + sum(self.ended.values())
+        return self.before + self.new
+
+    @property
+    def new(self) -> int:
+        """Models that have ended in this launch."""
+        return self.finished_models + sum(self.ended.values())
 
     def note(self) -> str:
         """Return rate, time left and failures as one phrase."""
         minutes = max(self.clock() - self.started, 1e-9) / 60
-        new = sum(self.ended.values())
         parts = []
-        if new:
-            rate = new / minutes
+        if self.new:
+            rate = self.new / minutes
             parts.append(f"{rate:.1f} models/min, ETA {duration((self.total - self.done) / rate * 60)}")
         if self.failed_attempts:
             parts.append(f"{self.failed_attempts} failed attempts")
@@ -82,6 +88,9 @@ class Display:
         """Take note that `ended` models of a job have ended so far."""
         if not job.trial.committed_as:
             self.ended[job.trial.trial_id] = ended
+        self._show()
+
+    def _show(self) -> None:
         self._bar.update(self._task, completed=self.done, note=self.note())
         if not self.console.is_terminal and self.clock() - self.logged >= LOG_SECONDS:
             self.logged = self.clock()
@@ -90,7 +99,10 @@ class Display:
 
     def finished(self, job: Job) -> None:
         """Take note that a job is committed."""
-        self.advanced(job, len(job.trial.models))
+        if not job.trial.committed_as:
+            self.ended.pop(job.trial.trial_id, None)
+            self.finished_models += len(job.trial.models)
+        self._show()
 
     def failed(self, job: Job, error: str, *, final: bool) -> None:
         """Take note that an attempt failed."""

@@ -87,8 +87,9 @@ def error_line(error: BaseException) -> str:
 def uncommitted(results: Results, jobs: Sequence[Job]) -> list[Job]:
     """Return the jobs whose rows are not there; the tables decide, not what a scheduler believes."""
     trained = set(results.table("models")["trial_id"].to_pylist())
-    sharpness = results.table("sharpness")
-    measured = set(zip(sharpness["model_id"].to_pylist(), sharpness["label"].to_pylist(), strict=True))
+    sharpness = results.table("sharpness") if any(job.trial.committed_as for job in jobs) else None
+    pairs = [] if sharpness is None else [sharpness["model_id"].to_pylist(), sharpness["label"].to_pylist()]
+    measured = set(zip(*pairs, strict=True))
     left = []
     for job in jobs:
         if job.trial.committed_as:

@@ -143,9 +143,10 @@ def read_study(
     if problems:
         raise StudyError(list(dict.fromkeys(problems)))
     models = selected(expansion.models, expansion.arguments, only)
-    measures_of = {
-        identity: tuple(dict.fromkeys(labels[text] for text in expansion.measures[identity])) for identity in models
+    canonical = {
+        asked: tuple(dict.fromkeys(labels[text] for text in asked)) for asked in set(expansion.measures.values())
     }
+    measures_of = {identity: canonical[expansion.measures[identity]] for identity in models}
     return Study(file, tuple(models.values()), expansion.arguments, measures_of)
 
 

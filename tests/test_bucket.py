@@ -15,8 +15,9 @@ import boto3  # type: ignore[import-untyped]
 import pandas as pd
 import pytest
 from moto.server import ThreadedMotoServer
+from tests.orchestrator.conftest import fill
 
-from flatmin import bucket, lease
+from flatmin import bucket, compact, lease, merged
 from flatmin.analysis.reading import read_table
 from flatmin.bucket import BucketPath, Changed
 from flatmin.errors import LeaseLost, RequestError, ResultsError
@@ -294,3 +295,26 @@ def test_ray_workers_write_to_it(place: str, study: str) -> None:
     assert done.returncode == 0, done.stderr
     assert status(f"{place}/ray").finished == 8
     assert (Results.open(f"{place}/ray").path / "logs" / "ray.log").exists()
+
+
+def test_files_are_merged_in_a_bucket(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = fill(f"{place}/r", trials=3)
+    before = results.table("epochs")
+    compact.compact(results)
+    assert [file.name for file in (results.path / "epochs").iterdir()] == list(merged.read(results.path).of("epochs"))
+    assert results.table("epochs") == before
+    results.write("epochs", "t00003", [{"model_id": "m00003a", "trial_id": "t00003", "epoch": 1}])
+    results.write("models", "t00003", [{"model_id": "m00003a", "trial_id": "t00003", "study": "made-up"}])
+    published, forgotten = merged.publish, list[str]()
+
+    def overtaken(*arguments: Any) -> None:
+        """Publish after the owner of the lease took a trial out, which has been read already."""
+        if not forgotten:
+            forgotten.append("t00001")
+            compact.forget(results, "models", forgotten)
+        published(*arguments)
+
+    monkeypatch.setattr(merged, "publish", overtaken)
+    compact.compact(results)
+    assert {row["trial_id"] for row in results.table("models").to_pylist()} == {"t00000", "t00002", "t00003"}
+    assert len(list((results.path / "models").iterdir())) == 1

@@ -62,7 +62,7 @@ def run(job: Job) -> Generator[int]:
 
 def _left(results: Results, trial: Trial) -> Trial:
     """Return what of a trial is left to do: an attempt that failed in a measure has committed all else."""
-    if trial.committed_as or not results.table_file("models", trial.trial_id).exists():
+    if trial.committed_as or not results.holds("models", trial.trial_id):
         return trial
     members = {model.model_id for model in trial.models}
     done = {label for model_id, label in results.measured() if model_id in members}

@@ -40,12 +40,6 @@ class Kept:
     spans: Mapping[Stamp, tuple[int, int]] = field(default_factory=dict)
 
 
-def stamp(file: Place) -> Stamp:
-    """Return what a file is known by."""
-    found = file.stat()
-    return file.name, found.st_size, found.st_mtime_ns
-
-
 def load(file: Place, expected: pa.Schema) -> Kept:
     """Return what is kept in a file: nothing where it is missing, damaged, or of a version with other columns."""
     nothing = Kept(expected.empty_table())

@@ -4,6 +4,7 @@
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
     checkpoints/<trial_id>.state                                a trial under way, to be gone on with
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
+    merged.json                                                 which merged files count (flatmin.merged)
     cache/                                                      what was read before; may be deleted (flatmin.cache)
 
 A file is written under a temporary name and renamed; an object of a bucket is whole from the start
@@ -15,8 +16,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,18 +27,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flatmin import cache
+from flatmin import merged, scan
 from flatmin.bucket import BucketPath, Place
 from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.files import place, write_atomically
 from flatmin.settings import Argument
-from flatmin.tables import ADDED, SCHEMA_VERSION, TABLES, schema, to_arrow
+from flatmin.tables import SCHEMA_VERSION, TABLES, arrow_batches, schema
 
 if TYPE_CHECKING:  # it takes longer to import than a query to answer
     import pandas as pd
-
-_REQUESTS = 16
-"""Files of a bucket that are read at a time."""
 
 
 @dataclass(frozen=True, init=False)
@@ -175,10 +172,15 @@ class Results:
         arguments: Mapping[str, Argument] | None = None,
     ) -> None:
         """Write one file of a table, whole or not at all; a file of that name is replaced."""
-        content = to_arrow(rows, schema(table, arguments))
-        sink = pa.BufferOutputStream()
-        pq.write_table(content, sink)
+        sink, columns = pa.BufferOutputStream(), schema(table, arguments)
+        with pq.ParquetWriter(sink, columns) as writer:
+            for batch in arrow_batches(rows, columns):
+                writer.write_table(batch)
         write_atomically(self.table_file(table, name), sink.getvalue().to_pybytes())
+
+    def holds(self, table: str, name: str) -> bool:
+        """Whether a table has a file of that name, of its own or merged with others."""
+        return scan.holds(self.path, table, name)
 
     def attempts(self, trial_id: str) -> int:
         """Return how often a trial has failed."""
@@ -189,10 +191,10 @@ class Results:
 
         Of a curve that lies in several files of `spectra`, the first file's points are taken: points of two would mix.
         """
-        parts, bad = self._scan(table)
+        parts, bad = scan.scan(self.path, table)
         for file, error in bad:
             warnings.warn(f"{file} cannot be read and is left out: {error}", CorruptFileWarning, stacklevel=3)
-        return _joined(_first_curves(parts) if table == "spectra" else parts, table)
+        return scan.joined(_first_curves(parts) if table == "spectra" else parts, table)
 
     def table(self, table: str) -> pa.Table:
         """Return the rows of a table that count: those of committed models, each once."""
@@ -255,8 +257,8 @@ class Results:
         return _frame(self.table("failures"))
 
     def unreadable(self) -> list[tuple[str, Place]]:
-        """Return the table and path of every file that cannot be read."""
-        return [(table, file) for table in TABLES for file, _ in self._scan(table, anew=True)[1]]
+        """Return the table and path of every file that cannot be read; one that was read, and is as it was then, can."""
+        return [(table, file) for table in TABLES for file, _ in scan.scan(self.path, table)[1]]
 
     def remove(self, file: Place) -> None:
         """Remove a file if it is there."""
@@ -267,90 +269,8 @@ class Results:
         if isinstance(self.path, BucketPath):
             return
         for file in self.path.rglob("*"):
-            if _is_temporary(file):
+            if _is_temporary(file) and not file.name.startswith(f".{merged.NAME}"):  # somebody may be merging
                 file.unlink(missing_ok=True)
-
-    def _scan(self, table: str, *, anew: bool = False) -> tuple[list[pa.Table], list[tuple[Place, Exception]]]:
-        """Return the rows of a table's readable files, and which are not and why; `anew`: open every file."""
-        file_of_cache, expected = self.path / "cache" / f"{table}.arrow", schema(table)
-        kept = cache.Kept(expected.empty_table()) if anew else cache.load(file_of_cache, expected)
-        good: dict[cache.Stamp, tuple[int, int] | pa.Table] = {}
-        bad: list[tuple[Place, Exception]] = []
-        files = sorted(file for file in (self.path / table).glob("*.parquet") if file.is_file())
-        for file, known, found in _each(files, kept.spans, lambda file: _rows_of(file, table, expected)):
-            if known is None:
-                bad.append((file, found))
-            else:
-                good[known] = found
-        parts = _parts(kept.rows, good.values(), whole=table != "spectra")
-        if not anew and sum(isinstance(found, pa.Table) for found in good.values()) >= cache.WORTH:
-            counts = {known: len(found) if isinstance(found, pa.Table) else found[1] for known, found in good.items()}
-            cache.save(file_of_cache, counts, _joined(parts, table))
-        return parts, bad
-
-
-def _each(
-    files: Sequence[Place], spans: Mapping[cache.Stamp, tuple[int, int]], read: Callable[[Place], pa.Table]
-) -> Iterator[tuple[Place, cache.Stamp | None, Any]]:
-    """Yield each file in order, what it is known by, and its rows: where they are in the cache, read anew, or why not.
-
-    A bucket answers a request in some tens of milliseconds, whatever its size, so several are under way at a time.
-    """
-
-    def one(file: Place) -> tuple[Place, cache.Stamp | None, Any]:
-        try:
-            known = cache.stamp(file)
-            return file, known, spans[known] if known in spans else read(file)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            return file, None, error
-
-    if not files or isinstance(files[0], Path):
-        yield from map(one, files)
-        return
-    with ThreadPoolExecutor(_REQUESTS) as threads:
-        yield from threads.map(one, files)
-
-
-def _rows_of(file: Place, table: str, expected: pa.Schema) -> pa.Table:
-    """Return the rows of one file.
-
-    Raises:
-        ValueError: It is not one of this table.
-    """
-    rows = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read(use_threads=False)
-    rows = _with_added(rows, expected)
-    own = rows.schema
-    wrong = [field.name for field in expected if field not in own]
-    if wrong:
-        raise ValueError(f"not a file of {table}: it lacks the column {wrong[0]}, or has it in another type")
-    return rows
-
-
-def _parts(kept: pa.Table, found: Iterable[tuple[int, int] | pa.Table], *, whole: bool) -> list[pa.Table]:
-    """Return the rows of files in order; of files that follow each other in `kept`, in one part if `whole`."""
-    parts: list[tuple[int, int] | pa.Table] = []
-    for part in found:
-        last = parts[-1] if parts else None
-        if whole and isinstance(part, tuple) and isinstance(last, tuple) and sum(last) == part[0]:
-            parts[-1] = (last[0], last[1] + part[1])
-        else:
-            parts.append(part)
-    return [kept.slice(*part) if isinstance(part, tuple) else part for part in parts]
-
-
-def _joined(parts: Sequence[pa.Table], table: str) -> pa.Table:
-    if not parts:
-        return schema(table).empty_table()
-    return parts[0] if len(parts) == 1 else pa.concat_tables(parts, promote_options="permissive")
-
-
-def _with_added(rows: pa.Table, expected: pa.Schema) -> pa.Table:
-    """Return a file's rows with the columns that its version did not have yet."""
-    lacking = set(ADDED).difference(rows.column_names)
-    for field in expected:
-        if field.name in lacking:
-            rows = rows.append_column(field, pa.nulls(len(rows), field.type))
-    return rows
 
 
 def _frame(rows: pa.Table) -> pd.DataFrame:
@@ -361,7 +281,7 @@ def _frame(rows: pa.Table) -> pd.DataFrame:
 def _first_of_each(rows: pa.Table, keys: Sequence[str]) -> pa.Table:
     numbered = rows.select(list(keys)).append_column("row", pa.array(np.arange(len(rows))))
     first = numbered.group_by(list(keys), use_threads=False).aggregate([("row", "min")])["row_min"]
-    return rows.take(first)
+    return rows.take(np.sort(first.to_numpy()))  # groups come in an order of their own
 
 
 def _first_curves(files: Sequence[pa.Table]) -> list[pa.Table]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, get_args, get_origin
 
 import pyarrow as pa
@@ -15,6 +17,9 @@ SCHEMA_VERSION = 1
 """Counts up when a column changes its name or its meaning."""
 
 TABLES = ("plan", "models", "epochs", "sharpness", "spectra", "failures")
+
+_BATCH = 4096
+"""Rows that are Python objects at a time while a table is made."""
 
 _TIME = pa.timestamp("us", tz="UTC")
 _TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
@@ -172,14 +177,26 @@ def to_arrow(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> pa.T
     Raises:
         KeyError: A row has a column that the schema lacks.
     """
-    names = set(table_schema.names)
-    clean = []
-    for row in rows:
-        extra = set(row) - names
-        if extra:
-            raise KeyError(f"no such columns: {', '.join(sorted(extra))}")
-        clean.append({name: _defined(value) for name, value in row.items()})
-    return pa.Table.from_pylist(clean, schema=table_schema)
+    batches = list(arrow_batches(rows, table_schema))
+    return pa.concat_tables(batches) if batches else table_schema.empty_table()
+
+
+def arrow_batches(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the same rows some thousands at a time.
+
+    Raises:
+        KeyError: A row has a column that the schema lacks.
+    """
+    names, left = set(table_schema.names), iter(rows)
+    while clean := [_clean(row, names) for row in islice(left, _BATCH)]:
+        yield pa.Table.from_pylist(clean, schema=table_schema)
+
+
+def _clean(row: Mapping[str, Any], names: AbstractSet[str]) -> dict[str, Any]:
+    extra = set(row) - names
+    if extra:
+        raise KeyError(f"no such columns: {', '.join(sorted(extra))}")
+    return {name: _defined(value) for name, value in row.items()}
 
 
 def _defined(value: Any) -> Any:

@@ -10,7 +10,7 @@ from flatmin.errors import RequestError
 from flatmin.settings import digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Model:
     """One network to be trained once.
 
@@ -23,7 +23,7 @@ class Model:
     settings: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Trial:
     """K models of one program, trained together and committed together.
 
@@ -88,7 +88,7 @@ class Execution:
             raise RequestError("--cuda-graphs: the trials run on a CPU, which has none; leave it out")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """A trial with where its rows go and how it is run.
 

@@ -73,7 +73,7 @@ def write_study(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-def fill(path: Path, trials: int = 3, epochs: int = 4) -> Results:
+def fill(path: Path | str, trials: int = 3, epochs: int = 4) -> Results:
     """Write results of two models per trial, without training; one measure also under way, one of one model only."""
     results = Results.create(path, "made-up")
     arguments = plugins.program_arguments(NAMES)

@@ -39,7 +39,7 @@ class TestCache:
 
     def test_no_file_is_opened_again(self, many: Results, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = many.read("epochs")
-        monkeypatch.setattr("flatmin.results._rows_of", None)
+        monkeypatch.setattr("flatmin.scan.rows_of", None)
         assert many.read("epochs").equals(expected)
 
     def test_new_changed_and_removed_files_are_seen(self, many: Results) -> None:

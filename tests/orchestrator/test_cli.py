@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from tests.orchestrator.conftest import Command
+from tests.orchestrator.conftest import Command, fill
 
 from flatmin.orchestrator.launch import LaunchOptions, launch
 
@@ -220,3 +220,11 @@ def test_python_warnings_do_not_reach_the_user(study: Path, tmp_path: Path) -> N
         env={**os.environ, "PYTHONWARNINGS": "default"},
     )
     assert done.stderr.strip() == "8 models trained, 0 of 8 remain"
+
+
+def test_compact_says_what_it_did(flatmin_sweep: Command, tmp_path: Path) -> None:
+    results = fill(tmp_path / "r")
+    done = flatmin_sweep("compact", "--results", str(results.path), "--json")
+    tables = {one["table"]: (one["before"], one["after"]) for one in json.loads(done.stdout)}
+    assert tables == {"models": (3, 1), "epochs": (3, 1), "sharpness": (3, 1), "spectra": (0, 0)}
+    assert flatmin_sweep("compact", "--results", str(tmp_path / "nowhere")).returncode == 2

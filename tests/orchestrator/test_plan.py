@@ -57,8 +57,7 @@ def test_missing_trains_only_what_is_not_there_and_measures_what_is(write_study:
     plan = make_plan(read_study(str(write_study()), ["measures=lpf,lambda_max"]))
     first, second = plan.trials
     rows = [
-        {"model_id": model.model_id, "trial_id": "t0", "status": status}
-        for model, status in zip(first.models, ("finished", "diverged"), strict=True)
+        (model.model_id, "t0", status) for model, status in zip(first.models, ("finished", "diverged"), strict=True)
     ]
     measured = [(first.models[0].model_id, "lpf")]
     left = missing(plan, rows, measured)
@@ -72,11 +71,7 @@ def test_missing_trains_only_what_is_not_there_and_measures_what_is(write_study:
 def test_a_grid_that_grew_trains_the_new_models_alone(write_study: Write) -> None:
     file = str(write_study())
     small, large = make_plan(read_study(file)), make_plan(read_study(file, ["seeds=3"]))
-    rows = [
-        {"model_id": model.model_id, "trial_id": trial.trial_id, "status": "finished"}
-        for trial in small.trials
-        for model in trial.models
-    ]
+    rows = [(model.model_id, trial.trial_id, "finished") for trial in small.trials for model in trial.models]
     left = missing(large, rows, [])
     assert [[m.settings["seed"] for m in trial.models] for trial in left.train] == [[2], [2]]
     assert not left.measure

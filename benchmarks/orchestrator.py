@@ -1,0 +1,235 @@
+"""What orchestration costs beside the work: us and plain Ray Tune with one model per trial, in turn, in one run.
+
+    python benchmarks/orchestrator.py [overhead] [memory] [scan] [--models 200] [--repetitions 3]
+
+**overhead**: models that sleep for a second, through the whole of a real launch: study, plan, Ray, worker, trainer, files
+of results. The sleep stands in for the arithmetic, and is all that is simulated: a plug-in network sleeps in its one
+training pass. Plain Tune sleeps in a function trainable that has imported torch, and reports one number. The ideal is
+models x seconds / slots; the overhead per model is what a slot takes longer for one.
+
+**memory**: resident memory of the driver while a launch of so many planned models is under way, ended by a time budget.
+
+**scan**: the time that a resume needs before its first trial: every file read, weights looked for, what is missing
+found. The rows are made up, and written without training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+SLOTS = 2
+
+NETWORK = '''"""A linear layer whose training pass takes as long as it is told to."""
+
+import math
+import time
+from typing import Annotated
+
+from torch import nn
+
+from flatmin.settings import Setting
+
+
+class Nap(nn.Module):
+    def __init__(self, inputs, classes, seconds):
+        super().__init__()
+        self.linear, self.seconds = nn.Linear(inputs, classes), seconds
+
+    def forward(self, x):
+        if self.training and x.device.type != "meta":
+            time.sleep(self.seconds)
+        return self.linear(x.flatten(1))
+
+
+def nap(input_shape, classes, *, nap_seconds: Annotated[float, Setting(unit="seconds", ge=0)] = 1.0) -> nn.Module:
+    return Nap(math.prod(input_shape), classes, nap_seconds)
+'''
+
+STUDY = """\
+study: naps
+settings: {dataset: digits, network: nap, nap_seconds: 1.0, optimizer: sgd, lr: 0.05, train_size: 32, batch_size: 32}
+resources: {models_per_trial: 1}
+seeds: 2
+"""
+
+TUNE = """
+import sys, time
+import ray
+from ray import tune
+
+def train(config):
+    import torch
+    time.sleep(1.0)
+    tune.report({"loss": float(torch.zeros(()))})
+
+ray.init(address="local", num_cpus=int(sys.argv[2]), include_dashboard=False, log_to_driver=False)
+budget = float(sys.argv[3]) if len(sys.argv) > 3 else None
+tuner = tune.Tuner(
+    train,
+    param_space={"seed": tune.grid_search(list(range(int(sys.argv[1]))))},
+    tune_config=tune.TuneConfig(time_budget_s=budget),
+    run_config=tune.RunConfig(verbose=0),
+)
+tuner.fit()
+"""
+
+
+@contextmanager
+def plugged_in() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Give a folder with the study, and the environment in which the plug-in is installed."""
+    with tempfile.TemporaryDirectory(prefix="naps-") as name:
+        folder = Path(name)
+        (folder / "nap.py").write_text(NETWORK)
+        (folder / "naps.yaml").write_text(STUDY)
+        info = folder / "naps-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: naps\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[flatmin.networks]\nnap = nap:nap\n")
+        path = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH", "")]))
+        yield folder, {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": name}
+
+
+def launch_line(folder: Path, models: int, results: str, *more: str) -> list[str]:
+    """Return the command that launches so many naps."""
+    settings = [f"seeds={models}", "epochs=1"]
+    where = ["--results", str(folder / results), "--gpus-per-trial", "0"]
+    line = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(folder / "naps.yaml"), *settings, *where]
+    return [*line, "--cpus-per-trial", f"{len(os.sched_getaffinity(0)) / SLOTS:g}", *more]
+
+
+def tune_line(models: int, *more: str) -> list[str]:
+    """Return the command that runs so many naps in plain Ray Tune."""
+    return [sys.executable, "-c", TUNE, str(models), str(SLOTS), *more]
+
+
+def seconds(line: list[str], environment: dict[str, str]) -> float:
+    """Return how long a command takes by the clock."""
+    started = time.perf_counter()
+    subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - started
+
+
+def overhead(models: int, peers_models: int, repetitions: int) -> Table:
+    """Compare the time beside the work, the contenders in turn."""
+    with plugged_in() as (folder, environment):
+        runs: dict[str, tuple[int, Callable[[int], list[str]]]] = {
+            "ours": (models, lambda turn: launch_line(folder, models, f"r{turn}")),
+            "ours, started and ended": (SLOTS, lambda turn: launch_line(folder, SLOTS, f"s{turn}")),
+            "plain Ray Tune": (peers_models, lambda turn: tune_line(peers_models)),
+            "plain Ray Tune, started and ended": (SLOTS, lambda turn: tune_line(SLOTS)),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(repetitions):
+            for name, (_, line) in runs.items():
+                taken[name].append(seconds(line(turn), environment))
+        files = sum(1 for file in (folder / "r0").rglob("*") if file.is_file())
+    table = Table("who", "models", "seconds", "spread", "ideal", "over the ideal", "per model beside the work, ms")
+    for name, (count, _) in runs.items():
+        ideal = count / SLOTS
+        each = [(second - ideal) / count * SLOTS * 1e3 for second in taken[name]]
+        table.add_row(
+            name,
+            str(count),
+            f"{statistics.median(taken[name]):.1f}",
+            f"{min(taken[name]):.1f} to {max(taken[name]):.1f}",
+            f"{ideal:.0f}",
+            f"{statistics.median(taken[name]) / ideal - 1:.1%}",
+            f"{statistics.median(each):.0f}",
+        )
+    for who, count in (("ours", models), ("plain Ray Tune", peers_models)):
+        once = statistics.median(taken[f"{who}, started and ended"]) - 1
+        beyond = [(second - once - count / SLOTS) / count * SLOTS * 1e3 for second in taken[who]]
+        spread = f"{min(beyond):.0f} to {max(beyond):.0f}"
+        ten = 10_000 / SLOTS
+        expected = (once + ten + 10_000 / SLOTS * statistics.median(beyond) / 1e3) / ten - 1
+        table.add_row(
+            f"{who}, start left out",
+            str(count),
+            "",
+            spread,
+            "",
+            f"10,000 models, reckoned: {expected:.1%}",
+            f"{statistics.median(beyond):.0f}",
+        )
+    table.caption = f"{models} models of ours left {files} files"
+    return table
+
+
+def resident(line: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Return the memory of a process without its children, in MB: at most, and at the last look before it ended."""
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seen = [0.0]
+    page = os.sysconf("SC_PAGE_SIZE") / 1e6
+    while process.poll() is None:
+        try:
+            seen.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page)
+        except (OSError, IndexError):
+            break
+        time.sleep(0.2)
+    process.wait()
+    return max(seen), statistics.median(seen[-50:])
+
+
+def memory(budget: float, planned: tuple[int, ...], peers: tuple[int, ...]) -> Table:
+    """Compare the drivers' memory against the number of planned models."""
+    table = Table("who", "planned models", "most, MB", "under way, MB")
+    with plugged_in() as (folder, environment):
+        for count in planned:
+            line = launch_line(folder, count, f"m{count}", "--time-budget", f"{budget:g}s")
+            table.add_row("ours", f"{count:,}", *(f"{size:.0f}" for size in resident(line, environment)))
+        for count in peers:
+            line = tune_line(count, f"{budget:g}")
+            table.add_row("plain Ray Tune", f"{count:,}", *(f"{size:.0f}" for size in resident(line, environment)))
+    return table
+
+
+def machine() -> str:
+    """Return what the figures were taken on."""
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("ray", "torch", "pyarrow"))
+    load = os.getloadavg()[0]
+    return (
+        f"{platform.processor() or platform.machine()} {platform.system()}, {len(os.sched_getaffinity(0))} cores, load "
+        f"{load:.1f}, Python {platform.python_version()}, {versions}"
+    )
+
+
+def main() -> None:
+    """Measure what was asked for, or all of it."""
+    from _resume import resumes
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["overhead", "memory", "scan"], metavar="PART")
+    parser.add_argument("--models", type=int, default=200, help="one-second models of ours")
+    parser.add_argument("--peers-models", type=int, default=30, help="and of plain Ray Tune")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of a launch whose memory is measured")
+    parser.add_argument("--planned", default="1000,10000,100000", help="models of a plan whose memory is measured")
+    parser.add_argument("--finished", type=int, default=100_000, help="models of the results that are scanned")
+    given = parser.parse_args()
+    planned = tuple(int(count) for count in given.planned.split(","))
+    console = Console(width=180)
+    if "overhead" in given.parts:
+        console.print(overhead(given.models, given.peers_models, given.repetitions))
+    if "memory" in given.parts:
+        console.print(memory(given.budget, planned, planned[:2]))
+    if "scan" in given.parts:
+        console.print(resumes(given.finished))
+    console.print(machine(), highlight=False)
+
+
+if __name__ == "__main__":
+    main()
