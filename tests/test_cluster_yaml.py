@@ -190,3 +190,33 @@ def test_what_nodes_get_is_the_whole_package(tmp_path: Path) -> None:
     }
     assert len(ours) > 100
     assert ours <= set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_environment_of_nodes_is_written_once(file: Path, tmp_path: Path) -> None:
+    (tmp_path / ".bashrc").write_text("export OWN=1\n")
+    lines = [line for line in load(file)["setup_commands"] if "~/.bashrc" in line]
+    assert len(lines) == 2
+    for line in lines * 2:  # `ray up` runs them again after each change
+        known = "cloud-init() { echo eu-west-1; }; "
+        subprocess.run(["bash", "-c", known + line], check=True, env={**os.environ, "HOME": str(tmp_path)})
+    written = (tmp_path / ".bashrc").read_text().splitlines()
+    assert written[0] == "export OWN=1"
+    assert len(written) == len(set(written))
+    shown = subprocess.run(
+        ["bash", "-c", 'source ~/.bashrc; echo "$RAY_AUTH_MODE,$FLATMIN_DATA,$AWS_REGION,${PATH%%:*}"'],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    venv = "flatmin-venv" if file == SSH else "venv"
+    assert shown == f"disabled,{tmp_path}/data,{'eu-west-1' if file == AWS else ''},{tmp_path}/{venv}/bin"
+
+
+def test_the_documentation_names_each_file_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\((?!https:)([^)]+)\)", text)]
+    assert all((ROOT / "docs" / target).exists() for target in targets)
+    files = {f"clusters/{file.name}" for file in (ROOT / "docs" / "clusters").iterdir() if file.is_file()}
+    assert files <= set(targets)
