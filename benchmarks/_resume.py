@@ -1,4 +1,4 @@
-"""How long a resume looks at results before it starts its first trial: made-up results, and a fresh process that looks."""
+"""How long a resume looks at results before its first trial: made-up results, and a fresh process that looks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ print(json.dumps([planned - started, healed - planned, ended - healed, time.proc
 
 
 def fill(results: Results, plan: Plan) -> None:
-    """Write what the trials of a plan leave, random scores and the smallest weights, and nothing flushed to the disk."""
+    """Write what the trials of a plan leave: random scores, the smallest weights, and nothing flushed to the disk."""
     numbers, at = np.random.default_rng(0), datetime.now(UTC)
     (results.directory / "checkpoints").mkdir()
     for table in ("models", "epochs", "sharpness"):

@@ -2,10 +2,10 @@
 
     python benchmarks/orchestrator.py [overhead] [memory] [scan] [--models 200] [--repetitions 3]
 
-**overhead**: models that sleep for a second, through the whole of a real launch: study, plan, Ray, worker, trainer, files
-of results. The sleep stands in for the arithmetic, and is all that is simulated: a plug-in network sleeps in its one
-training pass. Plain Tune sleeps in a function trainable that has imported torch, and reports one number. The ideal is
-models x seconds / slots; the overhead per model is what a slot takes longer for one.
+**overhead**: models that sleep for a second, through the whole of a real launch: study, plan, Ray, worker, trainer,
+files of results. The sleep stands in for the arithmetic, and is all that is simulated: a plug-in network sleeps in its
+one training pass. Plain Tune sleeps in a function trainable that has imported torch, and reports one number. The ideal
+is models x seconds / slots; the overhead per model is what a slot takes longer for one.
 
 **memory**: resident memory of the driver while a launch of so many planned models is under way, ended by a time budget.
 

@@ -15,6 +15,7 @@ from flatmin.errors import CorruptFileWarning, FlatminError, LeaseLost, RequestW
 from flatmin.orchestrator.cli_results import compact, correlate, export, import_, query, replay, report, status
 from flatmin.orchestrator.cli_studies import new, plan, schema, studies
 from flatmin.orchestrator.terminal import (
+    ConcurrencyOption,
     JsonOption,
     OnlyOption,
     Overrides,
@@ -28,6 +29,7 @@ from flatmin.orchestrator.terminal import (
     count,
     print_table,
     seconds_of,
+    stack_size,
 )
 
 
@@ -43,6 +45,11 @@ def launch(
     cpus_per_trial: Annotated[float | None, typer.Option(min=0.01, help="Cores of one trial.")] = None,
     gpus_per_trial: Annotated[float | None, typer.Option(min=0.0, help="Share of a GPU of one trial.")] = None,
     models_per_trial: StackOption = None,
+    concurrency: ConcurrencyOption = None,
+    stacks_per_gpu: Annotated[
+        str | None,
+        typer.Option(help="Trials that share a GPU: a number, or auto for as many as its memory holds."),
+    ] = None,
     max_failures: Annotated[int, typer.Option(min=0, help="How often a trial may fail and be tried again.")] = 3,
     time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 2h.")] = None,
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints of a trial: 0s, 5m.")] = "5m",
@@ -74,7 +81,9 @@ def launch(
             processes_per_model=processes_per_model,
         ),
         inline=inline,
-        models_per_trial=count("--models-per-trial", models_per_trial),
+        models_per_trial=stack_size(models_per_trial),
+        concurrency=concurrency,
+        stacks_per_gpu=count("--stacks-per-gpu", stacks_per_gpu),
         checkpoint_seconds=seconds_of("--checkpoint-every", checkpoint_every),
         compile=compile_passes,
         cuda_graphs=cuda_graphs,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flatmin.orchestrator.terminal import (
+    ConcurrencyOption,
     JsonOption,
     OnlyOption,
     Overrides,
@@ -18,9 +19,9 @@ from flatmin.orchestrator.terminal import (
     StudyArgument,
     YesOption,
     at_most,
-    count,
     print_table,
     seconds_of,
+    stack_size,
 )
 
 if TYPE_CHECKING:
@@ -83,17 +84,17 @@ def plan(
         bool, typer.Option("--calibrate", help="Train some of it on this machine for a while; keep nothing.")
     ] = False,
     calibrate_budget: Annotated[str, typer.Option(help="Time for that: 60s, 10m.")] = "60s",
-    concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Trials at a time; as many as this machine holds unless given.")
-    ] = None,
+    concurrency: ConcurrencyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the models, trials and stacks of a study, and what it will cost; keep nothing that is trained."""
+    from flatmin.orchestrator.packing import balanced_over
     from flatmin.orchestrator.plan import make_plan
     from flatmin.orchestrator.study import read_study
 
     checked = read_study(study, overrides or [], small=small, only=only or [], at_most=at_most(yes))
-    planned = make_plan(checked, count("--models-per-trial", models_per_trial))
+    largest = stack_size(models_per_trial)
+    planned = make_plan(checked, balanced_over(checked, concurrency) if largest == "balanced" else largest)
     budget = seconds_of("--calibrate-budget", calibrate_budget) if calibrate else None
     cost = _cost(checked, planned, budget, concurrency)
     shared = [_shared(trial) for trial in planned.trials]

@@ -22,6 +22,7 @@ from flatmin.orchestrator.estimate import estimate
 from flatmin.orchestrator.grid import MOST_MODELS, NAMES
 from flatmin.orchestrator.heal import heal, lost_weights
 from flatmin.orchestrator.inline import run_inline
+from flatmin.orchestrator.packing import share_of_a_gpu, with_balanced
 from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.runner import RunOptions
@@ -40,7 +41,10 @@ class LaunchOptions:
     Attributes:
         run: What the runner needs.
         inline: Run in this process, without Ray.
-        models_per_trial: The largest stack; the study's own choice when None.
+        models_per_trial: The largest stack; the study's own choice when None; `balanced`: the one with which trials end
+            together (`flatmin.orchestrator.packing`).
+        concurrency: Trials at a time, which `balanced` needs to know; as many as this machine holds when None.
+        stacks_per_gpu: Trials that share a GPU; `auto`: as many as its memory holds. In place of a share of it.
         checkpoint_seconds: Time between two checkpoints of a trial under way.
         compile: Whether training passes are compiled (torch.compile).
         cuda_graphs: Whether a training pass is launched as one CUDA graph.
@@ -50,7 +54,9 @@ class LaunchOptions:
 
     run: RunOptions = field(default_factory=RunOptions)
     inline: bool = False
-    models_per_trial: int | Literal["auto"] | None = None
+    models_per_trial: int | Literal["auto", "balanced"] | None = None
+    concurrency: int | None = None
+    stacks_per_gpu: int | Literal["auto"] | None = None
     checkpoint_seconds: float = 300.0
     compile: bool = False
     cuda_graphs: bool = False
@@ -130,8 +136,12 @@ def launch(
     options = options or LaunchOptions()
     console = console or Console(stderr=True)
     checked = read_study(study, overrides, small=small, only=only, at_most=at_most)
+    if options.models_per_trial == "balanced" and options.run.processes_per_model == 1:
+        checked = with_balanced(checked, results, options.concurrency)
+        options = replace(options, models_per_trial=None)
     plan = make_plan(checked, _largest_stack(options))
-    options = replace(options, run=with_resources(options.run, checked.file.resources))
+    share = share_of_a_gpu(options.run.gpus_per_trial, options.stacks_per_gpu, plan.trials, options.execution)
+    options = replace(options, run=with_resources(replace(options.run, gpus_per_trial=share), checked.file.resources))
     with _disk_errors(results):
         directory = Results.create(results, checked.name)
         with Lease(directory, options.run.max_failures) as lease:
@@ -166,7 +176,7 @@ def _largest_stack(options: LaunchOptions) -> int | Literal["auto"] | None:
         RequestError: They were asked for larger ones.
     """
     processes, largest = options.run.processes_per_model, options.models_per_trial
-    if processes == 1:
+    if processes == 1 and largest != "balanced":
         return largest
     if largest not in (None, 1):
         raise RequestError(

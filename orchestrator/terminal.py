@@ -26,7 +26,14 @@ Format = Literal["table", "csv", "json", "parquet"]
 """How rows are written."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-StackOption = Annotated[str | None, typer.Option("--models-per-trial", help="The largest stack: a number, or auto.")]
+StackOption = Annotated[
+    str | None,
+    typer.Option("--models-per-trial", help="The largest stack: a number, auto, or balanced over what runs at a time."),
+]
+ConcurrencyOption = Annotated[
+    int | None,
+    typer.Option("--concurrency", min=1, help="Trials at a time; as many as this machine holds unless given."),
+]
 OnlyOption = Annotated[
     list[str] | None,
     typer.Option(metavar="SETTING=VALUE[,VALUE]", help="Only models with these values; several --only must all hold."),
@@ -74,6 +81,20 @@ def count(option: str, text: str | None) -> int | Literal["auto"] | None:
     if not text.isdigit() or int(text) < 1:
         raise RequestError(f"{option} {text}: should be a number from 1 on, or auto")
     return int(text)
+
+
+def stack_size(text: str | None) -> int | Literal["auto", "balanced"] | None:
+    """Return what --models-per-trial says; None where it is not given.
+
+    Raises:
+        RequestError: It says nothing that can be.
+    """
+    if text == "balanced":
+        return "balanced"
+    try:
+        return count("--models-per-trial", text)
+    except RequestError as error:
+        raise RequestError(f"{error}, or balanced") from None
 
 
 def at_most(yes: bool) -> int | None:

@@ -257,7 +257,7 @@ class Results:
         return _frame(self.table("failures"))
 
     def unreadable(self) -> list[tuple[str, Place]]:
-        """Return the table and path of every file that cannot be read; one that was read, and is as it was then, can."""
+        """Return the table and path of every file that cannot be read; what was read and is as it was then, can."""
         return [(table, file) for table in TABLES for file, _ in scan.scan(self.path, table)[1]]
 
     def remove(self, file: Place) -> None:
