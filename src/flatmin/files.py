@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flatmin.bucket import BucketPath, Place
+from flatmin.bucket import PATIENCE, BucketPath, Place
 from flatmin.errors import ResultsError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_RETRY_SECONDS = 1.0
 
 
 def place(path: str | Place) -> Place:
@@ -49,6 +55,27 @@ def write_atomically(file: Place, content: bytes | Callable[[Path], None]) -> No
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def patiently(write: Callable[[], None]) -> None:
+    """Write, and where the disk is full try again for as long as for a bucket that does not answer.
+
+    Raises:
+        OSError: It was full all that time, or there is another fault.
+    """
+    until, told = time.monotonic() + PATIENCE.total_seconds(), False
+    while True:
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in _FULL or time.monotonic() >= until:
+                raise
+            if not told:
+                print(f"{error}; tried again until some is freed", file=sys.stderr)
+            told = True
+            time.sleep(_RETRY_SECONDS)
+        else:
+            return
 
 
 def _put(file: BucketPath, content: bytes | Callable[[Path], None]) -> None:

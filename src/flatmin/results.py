@@ -2,7 +2,7 @@
 
     plan/, models/, epochs/, sharpness/, spectra/, failures/    Parquet, one file per trial (or plan, or attempt)
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
-    checkpoints/<trial_id>.state                                a trial under way, to be gone on with
+    checkpoints/<trial_id>-a.state, -b.state                    a trial under way, to be gone on with
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
     cache/                                                      what was read before; may be deleted (flatmin.cache)
 
@@ -137,9 +137,10 @@ class Results:
         """Where a committed trial's weights are."""
         return self.path / "checkpoints" / f"{trial_id}.safetensors"
 
-    def state_file(self, trial_id: str) -> Place:
-        """Where a trial under way keeps what it needs to go on."""
-        return self.path / "checkpoints" / f"{trial_id}.state"
+    def state_files(self, trial_id: str) -> tuple[Place, Place]:
+        """Where a trial under way keeps, twice, what it needs to go on."""
+        folder = self.path / "checkpoints"
+        return folder / f"{trial_id}-a.state", folder / f"{trial_id}-b.state"
 
     def table_file(self, table: str, name: str) -> Place:
         """Where one file of a table is."""
