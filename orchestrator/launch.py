@@ -41,6 +41,7 @@ class LaunchOptions:
         inline: Run in this process, without Ray.
         models_per_trial: The largest stack; the study's own choice when None.
         checkpoint_seconds: Time between two checkpoints of a trial under way.
+        weights: Whether the trained weights are kept, which later measures need.
         compile: Whether training passes are compiled (torch.compile).
         cuda_graphs: Whether a training pass is launched as one CUDA graph.
         channels_last: Whether images lie in memory channels last.
@@ -51,6 +52,7 @@ class LaunchOptions:
     inline: bool = False
     models_per_trial: int | Literal["auto"] | None = None
     checkpoint_seconds: float = 300.0
+    weights: bool = True
     compile: bool = False
     cuda_graphs: bool = False
     channels_last: bool = False
@@ -63,6 +65,7 @@ class LaunchOptions:
         return Execution(
             threads=max(1, int(self.run.cpus_per_trial or processes) // processes),
             checkpoint_seconds=self.checkpoint_seconds,
+            weights=self.weights,
             compile=self.compile,
             cuda_graphs=self.cuda_graphs,
             channels_last=self.channels_last,
@@ -319,7 +322,8 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
     cost = estimate(trials)
     check_space(results, cost.bytes)
     order = sorted(range(len(trials)), key=lambda i: -(cost.seconds[i] or 0.0))  # the longest first: a short tail
-    jobs = [Job(trials[i], str(results.path), lease.token, options.execution) for i in order]
+    apart_after = min(1, options.run.max_failures)
+    jobs = [Job(trials[i], str(results.path), lease.token, options.execution, apart_after) for i in order]
     with Display(console, planned, planned - left) as display:
         if options.inline:
             execution = replace(options.execution, device=_inline_device(options.run))

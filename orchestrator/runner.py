@@ -41,6 +41,7 @@ class RunOptions:
         gpus_per_trial: Share of a GPU of one trial; what the study says, or a whole one per process where there is any,
             when None.
         processes_per_model: Processes that train a model together, each on a GPU of its own where there are any.
+        hang_timeout: Seconds without a sign of life after which a trial is ended and tried again; 0: never.
     """
 
     max_failures: int = 3
@@ -49,6 +50,7 @@ class RunOptions:
     cpus_per_trial: float | None = None
     gpus_per_trial: float | None = None
     processes_per_model: int = 1
+    hang_timeout: float = 1800.0
 
 
 def record_failure(results: Results, job: Job, error: BaseException, traceback: str, *, counts: bool = True) -> int:

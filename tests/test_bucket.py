@@ -217,7 +217,8 @@ def test_an_owner_that_was_away_learns_it(place: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.05)
     results = Results.create(f"{place}/r", "tiny")
     with Lease(results) as first:
-        monkeypatch.setattr(lease, "alive", lambda held: False)
+        monkeypatch.setattr(lease, "fresh", lambda held: False)
+        monkeypatch.setattr(Lease, "_beats", lambda self, held: False)
         with Lease(results) as second:
             until = time.monotonic() + 10
             while not first.lost and time.monotonic() < until:

@@ -3,8 +3,9 @@
     plan/, models/, epochs/, sharpness/, spectra/, failures/    Parquet, one file per trial (or plan, or attempt)
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
     checkpoints/<trial_id>-a.state, -b.state                    a trial under way, to be gone on with
+    logs/<trial_id>.log, logs/ray.log                           what workers and Tune have said
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
-    cache/                                                      what was read before; may be deleted (flatmin.cache)
+    cache/                                                      what was read before (flatmin.cache)
 
 A file is written under a temporary name and renamed; an object of a bucket is whole from the start
 (`flatmin.bucket`). `models/` is written last: that is the commit, and a row elsewhere counts only if its
@@ -141,6 +142,10 @@ class Results:
         """Where a trial under way keeps, twice, what it needs to go on."""
         folder = self.path / "checkpoints"
         return folder / f"{trial_id}-a.state", folder / f"{trial_id}-b.state"
+
+    def log_file(self, trial_id: str) -> Place:
+        """Where what a trial's worker has said is kept."""
+        return self.path / "logs" / f"{trial_id}.log"
 
     def table_file(self, table: str, name: str) -> Place:
         """Where one file of a table is."""
