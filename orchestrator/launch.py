@@ -138,6 +138,8 @@ def launch(
         directory = Results.create(results, checked.name)
         with Lease(directory, options.run.max_failures) as lease:
             heal(directory, console)
+            if not options.weights:
+                leave_weights_out(directory)
             write_plan(directory, plan, checked)
             train_where_weights_are_left_out(directory, plan)
             return _carry_out(directory, plan, options, console, lease)
@@ -205,8 +207,10 @@ def measure(
         with Lease(directory, options.run.max_failures) as lease:
             lost = lost_weights(directory)
             if lost:
+                left_out = directory.check_schema().get("weights") is False
                 raise ResultsError(
-                    f"'{directory.weights_file(lost[0])}' cannot be read ({len(lost)} such files); "
+                    f"'{directory.weights_file(lost[0])}' cannot be read ({len(lost)} such files"
+                    f"{': these results were made or imported without weights' if left_out else ''}); "
                     "launch the study again, with these measures: it trains the models of these trials anew"
                 )
             heal(directory, console)
@@ -305,6 +309,12 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
     if not results.table_file("plan", name).exists():
         results.write("plan", name, rows, study.arguments)
     write_atomically(results.study_file, study.to_yaml().encode())
+
+
+def leave_weights_out(results: Results) -> None:
+    """Write down that weights which are not there have not been lost."""
+    header = {**results.check_schema(), "weights": False}
+    write_atomically(results.header_file, json.dumps(header, indent=2).encode())
 
 
 def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:

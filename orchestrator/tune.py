@@ -135,7 +135,7 @@ def _fit(
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[str]:
-    """Join a cluster, or run a private one, and leave it at the end; give the address of its dashboard, if it has one."""
+    """Join a cluster, or run a private one, and leave it at the end; give its dashboard's address, if it has one."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     private = address is None
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -26,7 +26,7 @@ from flatmin.results import Results, now
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 30.0
-"""A heartbeat older than this may have stopped. The two clocks may differ too, so it is watched before another takes over."""
+"""A heartbeat older than this may have stopped. Clocks may differ too, so it is watched before another takes over."""
 
 OBSERVED_BEATS = 3
 """For so many beats; time is then counted by this machine alone."""
