@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from flatmin.errors import ResultsError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _RETRY_SECONDS = 1.0
+_LEAST_FREE = 1 << 20
 
 
 def place(path: str | Place) -> Place:
@@ -48,6 +50,10 @@ def write_atomically(file: Place, content: bytes | Callable[[Path], None]) -> No
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, file)
+    except Exception as error:
+        if isinstance(error, OSError) or not _is_full(file.parent):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
     directory = os.open(file.parent, os.O_RDONLY)
@@ -55,6 +61,11 @@ def write_atomically(file: Place, content: bytes | Callable[[Path], None]) -> No
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _is_full(folder: Path) -> bool:
+    """Return whether a disk is full: torch and safetensors say so each in an error of its own."""
+    return shutil.disk_usage(folder).free < _LEAST_FREE
 
 
 def patiently(write: Callable[[], None]) -> None:
