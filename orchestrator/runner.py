@@ -10,6 +10,7 @@ from typing import Protocol
 
 from flatmin.errors import ModelsFailed, error_line
 from flatmin.results import Results, now
+from flatmin.secrets import without_secrets
 from flatmin.trial import Job, Model, Trial
 
 
@@ -76,8 +77,8 @@ def record_failure(results: Results, job: Job, error: BaseException, traceback: 
             "trial_id": trial.trial_id,
             "attempt": files if counts else 0,
             "host": socket.gethostname(),
-            "error": own.get(model.model_id, shared)[0],
-            "traceback": own.get(model.model_id, shared)[1],
+            "error": without_secrets(own.get(model.model_id, shared)[0]),
+            "traceback": without_secrets(own.get(model.model_id, shared)[1]),
             "at": now(),
         }
         for model in left or trial.models

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 
 from flatmin.bucket import BucketPath
 from flatmin.errors import RequestError, error_line
@@ -28,6 +29,7 @@ from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, uncommitted
 from flatmin.orchestrator.watch import Watch
 from flatmin.results import Results
+from flatmin.secrets import without_secrets
 from flatmin.trainables.tune_trainable import TuneTrainable
 from flatmin.trial import Job
 
@@ -140,22 +142,41 @@ def _cluster(address: str | None) -> Iterator[str]:
     private = address is None
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_terminate = signal.getsignal(signal.SIGTERM)
+    with _loopback() if private else contextlib.nullcontext():
+        try:
+            context = ray.init(
+                address=address or "local",
+                num_cpus=cpus if private else None,
+                include_dashboard=False if private else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
+        try:
+            yield context.dashboard_url or ""
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Let a private cluster listen on the loopback interface alone, as Ray does by itself on macOS and Windows.
+
+    On Linux it listens on all interfaces, whatever address it is given.
+    """
+    before = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, where ray is imported already
     try:
-        context = ray.init(
-            address=address or "local",
-            num_cpus=cpus if private else None,
-            include_dashboard=False if private else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
-    try:
-        yield context.dashboard_url or ""
+        yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        os.environ.pop(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+        if before[0] is not None:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[0]
 
 
 @contextlib.contextmanager
@@ -177,9 +198,15 @@ def _quiet(results: Results) -> Iterator[None]:
         yield
 
 
+class _Discreet(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 @contextlib.contextmanager
 def _quiet_to(log: Path) -> Iterator[None]:
     handler = logging.FileHandler(log)
+    handler.setFormatter(_Discreet())
     loggers = [logging.getLogger("ray"), logging.getLogger(__name__)]
     before = [(logger, logger.propagate, list(logger.handlers)) for logger in loggers]
     for logger in loggers:

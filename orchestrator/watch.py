@@ -22,6 +22,7 @@ from flatmin.errors import FlatminError, error_line
 from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, record_failure, uncommitted
 from flatmin.results import Results
+from flatmin.secrets import without_secrets
 from flatmin.trainables.tune_trainable import REFUSED, REFUSED_AT, pulse_key
 from flatmin.trial import Job
 
@@ -80,7 +81,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
             job = self._job(trial)
             self._failures[job.trial.trial_id] = self._options.max_failures + 1
             record_failure(self._results, job, FlatminError(result[REFUSED]), result[REFUSED_AT])
-            self._monitor.failed(job, result[REFUSED], final=True)
+            self._monitor.failed(job, without_secrets(result[REFUSED]), final=True)
         elif result.get(tune.result.DONE):
             self._monitor.finished(self._job(trial))
 
@@ -125,7 +126,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self._failures[job.trial.trial_id] += counts
         final = may_end and self._failures[job.trial.trial_id] > self._options.max_failures
         record_failure(self._results, job, error, trace, counts=counts)
-        self._monitor.failed(job, error_line(error), final=final)
+        self._monitor.failed(job, without_secrets(error_line(error)), final=final)
         return counts
 
     def _got_on(self, job: Job) -> bool:

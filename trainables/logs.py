@@ -17,6 +17,7 @@ from typing import IO
 
 from flatmin.bucket import BucketPath
 from flatmin.results import Results
+from flatmin.secrets import without_secrets
 from flatmin.trial import Job
 
 
@@ -68,7 +69,7 @@ class TrialLog(io.TextIOBase):
     def write(self, text: str) -> int:
         """Write, with the time before each line."""
         stamp = f"{datetime.now().astimezone().isoformat(timespec='seconds')} "
-        lines = "".join((stamp if fresh else "") + line for line, fresh in self._lines(text))
+        lines = "".join((stamp if fresh else "") + line for line, fresh in self._lines(without_secrets(text)))
         with contextlib.suppress(OSError):
             self.file.write(lines.encode(errors="replace"))
         return len(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,22 @@ def place(path: str | Place) -> Place:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ResultsError(f"'{path}': {error}") from None
+
+
+def plain_name(name: str) -> str:
+    """Return a name, which may come from somebody else's table, if it leads to no other folder.
+
+    Raises:
+        ResultsError: It may.
+    """
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", name):
+        raise ResultsError(f"'{name}' is no name of a trial or of a file of results: letters, digits, - and _")
+    return name
+
+
+def is_temporary(file: Place) -> bool:
+    """Whether a file's name is one that `write_atomically` gives before it renames it."""
+    return file.name.startswith(".") and file.suffix == ".tmp"
 
 
 def write_atomically(file: Place, content: bytes | Callable[[Path], None]) -> None:

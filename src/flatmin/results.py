@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from flatmin import cache
 from flatmin.bucket import BucketPath, Place
 from flatmin.errors import CorruptFileWarning, ResultsError
-from flatmin.files import place, write_atomically
+from flatmin.files import is_temporary, place, plain_name, write_atomically
 from flatmin.settings import Argument
 from flatmin.tables import ADDED, SCHEMA_VERSION, TABLES, schema, to_arrow
 
@@ -90,7 +90,7 @@ class Results:
         try:
             results.path.mkdir(parents=True, exist_ok=True)
             if not results.header_file.exists():
-                names = {entry.name for entry in results.path.iterdir() if not _is_temporary(entry)}
+                names = {entry.name for entry in results.path.iterdir() if not is_temporary(entry)}
                 if names - {"lease.json"}:
                     raise ResultsError(f"'{path}' is not empty and is not a results directory; choose another")
                 header = {"schema": SCHEMA_VERSION, "study": study, "created_at": now().isoformat()}
@@ -136,20 +136,20 @@ class Results:
 
     def weights_file(self, trial_id: str) -> Place:
         """Where a committed trial's weights are."""
-        return self.path / "checkpoints" / f"{trial_id}.safetensors"
+        return self.path / "checkpoints" / f"{plain_name(trial_id)}.safetensors"
 
     def state_files(self, trial_id: str) -> tuple[Place, Place]:
         """Where a trial under way keeps, twice, what it needs to go on."""
         folder = self.path / "checkpoints"
-        return folder / f"{trial_id}-a.state", folder / f"{trial_id}-b.state"
+        return folder / f"{plain_name(trial_id)}-a.state", folder / f"{trial_id}-b.state"
 
     def log_file(self, trial_id: str) -> Place:
         """Where what a trial's worker has said is kept."""
-        return self.path / "logs" / f"{trial_id}.log"
+        return self.path / "logs" / f"{plain_name(trial_id)}.log"
 
     def table_file(self, table: str, name: str) -> Place:
         """Where one file of a table is."""
-        return self.path / table / f"{name}.parquet"
+        return self.path / table / f"{plain_name(name)}.parquet"
 
     def check_schema(self) -> dict[str, Any]:
         """Return the header.
@@ -273,7 +273,7 @@ class Results:
         if isinstance(self.path, BucketPath):
             return
         for file in self.path.rglob("*"):
-            if _is_temporary(file):
+            if is_temporary(file):
                 file.unlink(missing_ok=True)
 
     def _scan(self, table: str, *, anew: bool = False) -> tuple[list[pa.Table], list[tuple[Place, Exception]]]:
@@ -393,10 +393,6 @@ def _committed(rows: pa.Table, models: pa.Table) -> pa.Table:
     pairs = pc.add(pc.multiply(model, len(models)), trial)
     counts = pc.is_in(pc.add(pc.multiply(own_model, len(models)), own_trial), value_set=pc.drop_null(pairs))
     return rows if pc.all(counts).as_py() in (True, None) else rows.filter(counts)
-
-
-def _is_temporary(file: Place) -> bool:
-    return file.name.startswith(".") and file.suffix == ".tmp"
 
 
 def now() -> datetime:

@@ -35,7 +35,7 @@ measure_every: 60
 
 PLUGIN_STUDY = """\
 study: faults
-settings: {dataset: digits, network: mlp, precision: fp64, optimizer: faulty, batch_size: 100, epochs: 12}
+settings: {dataset: digits, network: mlp, precision: fp64, optimizer: faulty, batch_size: 100, epochs: 8}
 axes: {width: [4, 8], lr: [0.001, 0.002]}
 seeds: 2
 measures: [l2_norm, lambda_max]
@@ -297,6 +297,8 @@ def no_process_left(driver: subprocess.Popen[str]) -> Iterator[None]:
         if driver.poll() is None:
             driver.kill()
         driver.wait()
+        if driver.stderr:
+            driver.stderr.close()
 
 
 def under_way(results: Path) -> bool:

@@ -44,7 +44,6 @@ def test_a_killed_driver_leaves_a_sweep_that_goes_on(
         family = psutil.Process(first.pid).children(recursive=True)
         os.kill(first.pid, signal.SIGKILL)
         first.wait()
-        first.stderr.close()  # type: ignore[union-attr]
     done = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("r/models/*.parquet")}
     second = start(study, tmp_path / "r")
     with no_process_left(second):

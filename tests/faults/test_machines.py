@@ -19,7 +19,8 @@ from tests.faults.conftest import Judge, finish, no_process_left, start, under_w
 from flatmin.results import Results
 
 
-@pytest.mark.parametrize("fault", ["sleep", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["sleep", "stop"])
 def test_a_trial_that_hangs_is_ended_and_tried_again(
     fault: str,
     plugin: Path,
@@ -30,12 +31,12 @@ def test_a_trial_that_hangs_is_ended_and_tried_again(
 ) -> None:
     """It sleeps for ever in a step, or its whole process is stopped."""
     monkeypatch.setenv("FLATMIN_FAULT", fault)
-    driver = start(plugin, tmp_path / "r", "--hang-timeout", "12s")
+    driver = start(plugin, tmp_path / "r", "--hang-timeout", "30s")
     with no_process_left(driver):
         finish(driver)
     judge({"sleep": "trial hangs", "stop": "worker SIGSTOPped"}[fault], 1, tmp_path / "r", unharmed)
     failures = Results.open(tmp_path / "r").failures()
-    assert set(failures["error"]) == {"Hung: no sign of life for 12 s (--hang-timeout)"}
+    assert set(failures["error"]) == {"Hung: no sign of life for 30 s (--hang-timeout)"}
     if fault == "sleep":
         (log,) = (tmp_path / "r" / "logs").glob(f"{failures['trial_id'][0]}.log")
         assert "flatmin_faulty.py" in log.read_text(), "the log says where it hung"
@@ -45,21 +46,19 @@ def test_a_trial_that_hangs_is_ended_and_tried_again(
 def test_a_worker_that_is_told_to_end_leaves_a_checkpoint_and_no_failure(
     plugin: Path, unharmed: list[pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: Judge
 ) -> None:
-    """As on a spot machine: SIGTERM, and gone after the grace. More often than a trial may fail."""
+    """As on a spot machine: SIGTERM, and gone after the grace. It is no failure: none is allowed here."""
     monkeypatch.setenv("FLATMIN_FAULT", "slow")
     driver = start(plugin, tmp_path / "r", "--checkpoint-every", "1h", "--max-failures", "0")
     with no_process_left(driver):
-        for _ in range(2):
-            wait_for(lambda: bool(workers(driver.pid)) and not under_way(tmp_path / "r"), driver)
-            time.sleep(1.0)  # some steps
-            told = workers(driver.pid)
-            for worker in told:
-                worker.send_signal(signal.SIGTERM)
-            wait_for(lambda: under_way(tmp_path / "r"), driver)
-            for worker in told:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.kill()
-            break
+        wait_for(lambda: bool(workers(driver.pid)), driver)
+        time.sleep(1.0)  # some steps
+        told = workers(driver.pid)
+        for worker in told:
+            worker.send_signal(signal.SIGTERM)
+        wait_for(lambda: under_way(tmp_path / "r"), driver)
+        for worker in told:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
         finish(driver)
     judge("spot notice: worker SIGTERMed, then gone", 1, tmp_path / "r", unharmed)
     results = Results.open(tmp_path / "r")

@@ -37,6 +37,7 @@ def fill(ballast: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_for(
     plugin: Path, unharmed: list[pd.DataFrame], small_disk: Path, monkeypatch: pytest.MonkeyPatch, judge: Judge
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_full_disk_is_waited_for(
     assert Results.open(small_disk / "r").failures().empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hours", [-7, 7])
 def test_a_driver_whose_clock_has_jumped_takes_no_lease_and_is_believed(
     hours: int,
