@@ -9,7 +9,7 @@ QUICKSTART := results/digits-double-descent
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install quickstart twins test test-slow test-browser test-gpu check bench clean
+.PHONY: help install quickstart twins test test-slow test-browser test-gpu faults check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ test-browser: install ## drive a report in headless Chromium (on Debian: sudo ap
 
 test-gpu: install ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+faults: install ## inject every fault there is (kills, hangs, full disks...), and print what became of the models; as root
+	$(BIN)/python -m pytest tests/faults
 
 check: install ## ruff, mypy, then the tests
 	$(BIN)/ruff check .

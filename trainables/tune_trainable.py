@@ -72,6 +72,7 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
 
     def _slice(self) -> dict[str, Any]:
         deadline = time.monotonic() + SLICE_SECONDS
+        self._next_beat = 0.0  # the end of the slice before has called the dump off
         self._beat()
         try:
             for ended in self._work:

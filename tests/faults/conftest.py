@@ -103,7 +103,7 @@ class Faulty:
 
 ENTRY = "[flatmin.optimizers]\nfaulty = flatmin_faulty:faulty\n"
 
-TIMEOUT = 240.0
+TIMEOUT = 540.0
 
 
 @dataclass(frozen=True)
