@@ -11,6 +11,7 @@ from typing import Protocol
 from flatmin.errors import ModelsFailed, error_line
 from flatmin.results import Results, now
 from flatmin.secrets import without_secrets
+from flatmin.tables import LOST
 from flatmin.trial import Job, Model, Trial
 
 
@@ -54,8 +55,8 @@ class RunOptions:
     hang_timeout: float = 1800.0
 
 
-def record_failure(results: Results, job: Job, error: BaseException, traceback: str, *, counts: bool = True) -> int:
-    """Write a failed attempt, a row for each of its models that is not done; return how many attempts there are now.
+def record_failure(results: Results, job: Job, error: BaseException, traceback: str, *, counts: bool = True) -> None:
+    """Write a failed attempt, a row for each of its models that is not done.
 
     A disk that is full cannot hold the row either; the attempt is then counted by the caller alone.
 
@@ -67,7 +68,7 @@ def record_failure(results: Results, job: Job, error: BaseException, traceback: 
         counts: Whether it is one of the attempts that a trial has; else its number is 0.
     """
     trial = job.trial
-    files = results.attempts(trial.trial_id) + 1
+    failed, lost = results.attempts(trial.trial_id)
     own = error.of_model if isinstance(error, ModelsFailed) else {}
     shared = (error_line(error), traceback)
     (left,) = unfinished(results, [job])
@@ -75,7 +76,7 @@ def record_failure(results: Results, job: Job, error: BaseException, traceback: 
         {
             "model_id": model.model_id,
             "trial_id": trial.trial_id,
-            "attempt": files if counts else 0,
+            "attempt": failed + 1 if counts else 0,
             "host": socket.gethostname(),
             "error": without_secrets(own.get(model.model_id, shared)[0]),
             "traceback": without_secrets(own.get(model.model_id, shared)[1]),
@@ -85,8 +86,7 @@ def record_failure(results: Results, job: Job, error: BaseException, traceback: 
         if not own or model.model_id in own
     ]
     with contextlib.suppress(OSError):
-        results.write("failures", f"{trial.trial_id}-{files}", rows)
-    return files
+        results.write("failures", f"{trial.trial_id}-{failed + 1 if counts else f'{LOST}{lost + 1}'}", rows)
 
 
 def uncommitted(results: Results, jobs: Sequence[Job]) -> list[Job]:

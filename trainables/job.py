@@ -56,7 +56,7 @@ def run(job: Job) -> Generator[int]:
         FlatminError: The data or the weights cannot be used; or a measure failed, and all else is committed.
     """
     results = Results(job.results)
-    attempts = results.attempts(job.trial.trial_id)
+    failed, lost = results.attempts(job.trial.trial_id)
 
     def work(part: Part) -> Generator[int]:
         own = replace(job, trial=part.trial)
@@ -65,14 +65,14 @@ def run(job: Job) -> Generator[int]:
             yield from _measure_saved(own, results, trainer_of(own, Ranks()))
             return
         trainer = trainer_of(own, Ranks(0, job.execution.processes_per_model))
-        how = {"retries": attempts, "halvings": part.halvings, "halved_for": part.reason}
+        how = {"retries": failed + lost, "halvings": part.halvings, "halved_for": part.reason}
         measured = yield from _train(own, results, trainer, how)
         if not measured:  # the memory that they took in training is freed before their measures are tried alone
             del trainer
             yield from attempt.carry_out(Part(replace(part.trial, committed_as=part.trial.trial_id)))
 
-    attempt = Attempt(work, lambda trial: _is_there(results, trial), apart=attempts >= job.apart_after)
-    left = _left(results, job.trial, attempts)
+    attempt = Attempt(work, lambda trial: _is_there(results, trial), apart=failed >= job.apart_after)
+    left = _left(results, job.trial, failed + lost)
     ended = len(job.trial.models) - sum(len(trial.models) for trial in left)
     if not left:
         yield ended

@@ -2,14 +2,13 @@
 
     plan/, models/, epochs/, sharpness/, spectra/, failures/    Parquet, one file per trial (or plan, or attempt)
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
-    checkpoints/<trial_id>-a.state, -b.state                    a trial under way, to be gone on with
+    checkpoints/<trial_id>-a.state, -b.state                    a trial under way
     logs/<trial_id>.log, logs/ray.log                           what workers and Tune have said
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
     cache/                                                      what was read before (flatmin.cache)
 
-A file is written under a temporary name and renamed; an object of a bucket is whole from the start
-(`flatmin.bucket`). `models/` is written last: that is the commit, and a row elsewhere counts only if its
-(model_id, trial_id) is in `models/`.
+A file is written under a temporary name and renamed; an object of a bucket is whole from the start (`flatmin.bucket`).
+`models/` is written last: that is the commit, and a row elsewhere counts only if its (model_id, trial_id) is there.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from flatmin.bucket import BucketPath, Place
 from flatmin.errors import CorruptFileWarning, ResultsError
 from flatmin.files import is_temporary, place, plain_name, write_atomically
 from flatmin.settings import Argument
-from flatmin.tables import ADDED, SCHEMA_VERSION, TABLES, schema, to_arrow
+from flatmin.tables import ADDED, LOST, SCHEMA_VERSION, TABLES, schema, to_arrow
 
 if TYPE_CHECKING:  # it takes longer to import than a query to answer
     import pandas as pd
@@ -186,9 +185,10 @@ class Results:
         pq.write_table(content, sink)
         write_atomically(self.table_file(table, name), sink.getvalue().to_pybytes())
 
-    def attempts(self, trial_id: str) -> int:
-        """Return how often a trial has failed."""
-        return sum(1 for _ in (self.path / "failures").glob(f"{trial_id}-*.parquet"))
+    def attempts(self, trial_id: str) -> tuple[int, int]:
+        """Return how often a trial has failed, and how often its process was lost after it had got on."""
+        both, lost = (sum(1 for _ in (self.path / "failures").glob(f"{trial_id}-{x}*.parquet")) for x in ("", LOST))
+        return both - lost, lost
 
     def read(self, table: str) -> pa.Table:
         """Return every readable row of a table, committed or not, unreadable files left out with a warning.
