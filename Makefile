@@ -9,7 +9,7 @@ QUICKSTART := results/digits-double-descent
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install quickstart twins test test-slow test-browser test-gpu test-cluster check bench clean
+.PHONY: help install quickstart twins test test-slow test-browser test-gpu test-cluster faults check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ test-gpu: install ## run the tests that need a CUDA device
 
 test-cluster: install ## start a Ray cluster over SSH on this machine (root; on Debian: apt install openssh-server rsync)
 	$(BIN)/python -m pytest -m cluster
+
+faults: install ## inject every fault there is (kills, hangs, full disks...), and print what became of the models; as root
+	$(BIN)/python -m pytest tests/faults
 
 check: install ## ruff, mypy, then the tests
 	$(BIN)/ruff check .

@@ -186,9 +186,7 @@ def _passed(table: pd.DataFrame, filter: str) -> Bools:
     return passed
 
 
-def _check_roles(
-    table: pd.DataFrame, target: str, axes: Sequence[str], names: Sequence[str], seed_column: str
-) -> None:
+def _check_roles(table: pd.DataFrame, target: str, axes: Sequence[str], names: Sequence[str], seed_column: str) -> None:
     """Refuse a column that plays two parts, and a seed column that was named and is not there."""
     if target in names:
         raise RequestError(f"measures: '{target}' is the target; give measures that may predict it.")

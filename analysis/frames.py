@@ -30,6 +30,7 @@ RESULT_COLUMNS = frozenset([*fixed_columns("models"), *fixed_columns("plan")])
 _SAME = 1e-6
 """Fractions that differ by less than this part of themselves are one level of a setting."""
 
+
 def check_columns(frame: pd.DataFrame, names: Iterable[str], *, role: str) -> None:
     """Refuse names that are not columns of the frame.
 

@@ -52,7 +52,13 @@ def launch(
     ] = None,
     max_failures: Annotated[int, typer.Option(min=0, help="How often a trial may fail and be tried again.")] = 3,
     time_budget: Annotated[str | None, typer.Option(help="Stop after this long: 90s, 30m, 2h.")] = None,
+    hang_timeout: Annotated[
+        str, typer.Option(help="End a trial that shows no sign of life for so long, and try it again; 0s: never.")
+    ] = "30m",
     checkpoint_every: Annotated[str, typer.Option(help="Time between checkpoints of a trial: 0s, 5m.")] = "5m",
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Keep the trained weights, which later measures need.")
+    ] = True,
     compile_passes: Annotated[bool, typer.Option("--compile", help="Compile training passes (torch.compile).")] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Launch a training pass as one graph.")] = False,
     channels_last: Annotated[
@@ -79,12 +85,14 @@ def launch(
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
             processes_per_model=processes_per_model,
+            hang_timeout=seconds_of("--hang-timeout", hang_timeout),
         ),
         inline=inline,
         models_per_trial=stack_size(models_per_trial),
         concurrency=concurrency,
         stacks_per_gpu=count("--stacks-per-gpu", stacks_per_gpu),
         checkpoint_seconds=seconds_of("--checkpoint-every", checkpoint_every),
+        weights=weights,
         compile=compile_passes,
         cuda_graphs=cuda_graphs,
         channels_last=channels_last,

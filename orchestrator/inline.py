@@ -6,9 +6,10 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from flatmin.errors import COMES_AGAIN, LeaseLost
-from flatmin.orchestrator.runner import Monitor, RunOptions, error_line, record_failure
+from flatmin.errors import COMES_AGAIN, LeaseLost, error_line
+from flatmin.orchestrator.runner import Monitor, RunOptions, record_failure
 from flatmin.results import Results
+from flatmin.secrets import without_secrets
 from flatmin.trial import Job
 
 
@@ -30,8 +31,8 @@ def run_inline(results: Results, jobs: Sequence[Job], options: RunOptions, monit
                 raise
             except Exception as error:  # a plug-in may raise anything; the other trials go on
                 final = attempt == options.max_failures or isinstance(error, COMES_AGAIN)
-                record_failure(results, job, error_line(error), traceback.format_exc())
-                monitor.failed(job, error_line(error), final=final)
+                record_failure(results, job, error, traceback.format_exc())
+                monitor.failed(job, without_secrets(error_line(error)), final=final)
                 if final:
                     break
             else:

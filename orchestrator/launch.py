@@ -46,6 +46,7 @@ class LaunchOptions:
         concurrency: Trials at a time, which `balanced` needs to know; as many as this machine holds when None.
         stacks_per_gpu: Trials that share a GPU; `auto`: as many as its memory holds. In place of a share of it.
         checkpoint_seconds: Time between two checkpoints of a trial under way.
+        weights: Whether the trained weights are kept, which later measures need.
         compile: Whether training passes are compiled (torch.compile).
         cuda_graphs: Whether a training pass is launched as one CUDA graph.
         channels_last: Whether images lie in memory channels last.
@@ -58,6 +59,7 @@ class LaunchOptions:
     concurrency: int | None = None
     stacks_per_gpu: int | Literal["auto"] | None = None
     checkpoint_seconds: float = 300.0
+    weights: bool = True
     compile: bool = False
     cuda_graphs: bool = False
     channels_last: bool = False
@@ -70,6 +72,7 @@ class LaunchOptions:
         return Execution(
             threads=max(1, int(self.run.cpus_per_trial or processes) // processes),
             checkpoint_seconds=self.checkpoint_seconds,
+            weights=self.weights,
             compile=self.compile,
             cuda_graphs=self.cuda_graphs,
             channels_last=self.channels_last,
@@ -146,6 +149,8 @@ def launch(
         directory = Results.create(results, checked.name)
         with Lease(directory, options.run.max_failures) as lease:
             heal(directory, console)
+            if not options.weights:
+                leave_weights_out(directory)
             write_plan(directory, plan, checked)
             train_where_weights_are_left_out(directory, plan)
             return _carry_out(directory, plan, options, console, lease)
@@ -213,8 +218,10 @@ def measure(
         with Lease(directory, options.run.max_failures) as lease:
             lost = lost_weights(directory)
             if lost:
+                left_out = directory.check_schema().get("weights") is False
                 raise ResultsError(
-                    f"'{directory.weights_file(lost[0])}' cannot be read ({len(lost)} such files); "
+                    f"'{directory.weights_file(lost[0])}' cannot be read ({len(lost)} such files"
+                    f"{': these results were made or imported without weights' if left_out else ''}); "
                     "launch the study again, with these measures: it trains the models of these trials anew"
                 )
             heal(directory, console)
@@ -316,6 +323,12 @@ def write_plan(results: Results, plan: Plan, study: Study) -> None:
     write_atomically(results.study_file, study.to_yaml().encode())
 
 
+def leave_weights_out(results: Results) -> None:
+    """Write down that weights which are not there have not been lost."""
+    header = {**results.check_schema(), "weights": False}
+    write_atomically(results.header_file, json.dumps(header, indent=2).encode())
+
+
 def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
     """Take models that lack a measure out of results that came without weights, so that they are trained again."""
     lacking = {trial.trial_id for trial in what_is_missing(results, plan).measure}
@@ -332,7 +345,8 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
     cost = estimate(trials)
     check_space(results, cost.bytes)
     order = sorted(range(len(trials)), key=lambda i: -(cost.seconds[i] or 0.0))  # the longest first: a short tail
-    jobs = [Job(trials[i], str(results.path), lease.token, options.execution) for i in order]
+    apart_after = min(1, options.run.max_failures)
+    jobs = [Job(trials[i], str(results.path), lease.token, options.execution, apart_after) for i in order]
     with Display(console, planned, planned - left) as display:
         if options.inline:
             execution = replace(options.execution, device=_inline_device(options.run))

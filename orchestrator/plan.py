@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from flatmin.labels import parse_label
 from flatmin.orchestrator.grid import MOST_MODELS
 from flatmin.orchestrator.study import Study, read_study
 from flatmin.settings import Argument
-from flatmin.trial import Model, Trial
+from flatmin.trial import Model, Trial, missing_of
 
 LARGEST_AUTO_STACK = 32
 """Models of one stack when `models_per_trial` is `auto`: enough to fill the arithmetic, few enough to lose little."""
@@ -144,22 +144,5 @@ def missing(plan: Plan, models: Iterable[tuple[str, str, str]], measured: Iterab
         measured: The (model_id, label) pairs that have been computed.
     """
     rows = {model_id: (trial_id, status) for model_id, trial_id, status in models}
-    done = set(measured)
-    train: list[Trial] = []
-    lacking: dict[tuple[str, tuple[str, ...]], list[Model]] = {}
-    for trial in plan.trials:
-        left = tuple(model for model in trial.models if model.model_id not in rows)
-        if left:
-            train.append(trial if len(left) == len(trial.models) else replace(trial, models=left))
-        for model in trial.models:
-            trial_id, status = rows.get(model.model_id, ("", "diverged"))
-            if status == "diverged":
-                continue
-            labels = tuple(label for label in trial.measures if (model.model_id, label) not in done)
-            if labels:
-                lacking.setdefault((trial_id, labels), []).append(model)
-    measure = [
-        Trial(plan.study, tuple(members), labels, committed_as=trial_id)
-        for (trial_id, labels), members in lacking.items()
-    ]
+    train, measure = missing_of(plan.trials, rows, set(measured))
     return Missing(tuple(train), tuple(measure))

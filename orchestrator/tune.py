@@ -18,17 +18,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
-from ray import cloudpickle, tune
+from ray import tune
+from ray._private import ray_constants
 
 from flatmin.bucket import BucketPath
-from flatmin.errors import RequestError
+from flatmin.errors import RequestError, error_line
 from flatmin.lease import Lease
-from flatmin.orchestrator.runner import Monitor, RunOptions, error_line, record_failure, uncommitted
+from flatmin.orchestrator.runner import Monitor, RunOptions, uncommitted
+from flatmin.orchestrator.watch import Watch
 from flatmin.results import Results
-from flatmin.trainables.tune_trainable import REFUSED, REFUSED_AT, TuneTrainable
+from flatmin.secrets import without_secrets
+from flatmin.trainables.tune_trainable import TuneTrainable
 from flatmin.trial import Job
 
 _ENVIRONMENT = {
@@ -53,7 +55,7 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
         LeaseLost: Another driver has taken the results over.
     """
     deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
-    with _cluster(options.address), _quiet(results):
+    with _cluster(options.address) as dashboard, _quiet(results):
         available = ray.cluster_resources()
         resources = trial_resources(options, available)
         lack = shortage(resources, available)
@@ -65,21 +67,28 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
         execution = replace(jobs[0].execution, device=device)
         execution.check_device()
         jobs = [replace(job, execution=execution) for job in jobs]
+        if dashboard:
+            monitor.said(f"Ray's dashboard: http://{dashboard}")
         failures: Counter[str] = Counter()
-        left, stalled = list(jobs), 0
+        left, stalled, most = list(jobs), 0, None
         share = max(_SHARE, _ROUNDS * slots(resources, available))
         while left and stalled <= options.max_failures:
             budget = None if deadline is None else deadline - time.monotonic()
             if budget is not None and budget <= 0:
                 return True
             now, later = left[:share], left[share:]
-            watch = _Watch(results, now, monitor, failures, lease, options.max_failures)
-            _fit(now, resources, budget, options, watch)
+            watch = Watch(results, now, monitor, failures, lease, options)
+            _fit(now, resources, budget, options, watch, most)
             lease.raise_if_lost()
+            if watch.crowded:
+                most = max(1, watch.crowded // 2)
+                monitor.said(
+                    f"the memory of a machine ran out with {watch.crowded} trials at a time; {most} from now on"
+                )
             before = len(left)
             left = [job for job in uncommitted(results, now) if failures[job.trial.trial_id] <= options.max_failures]
             left += later
-            stalled = 0 if len(left) < before else stalled + 1
+            stalled = 0 if len(left) < before or watch.crowded > 1 else stalled + 1
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 
 
@@ -106,14 +115,21 @@ def shortage(resources: Mapping[str, float], available: Mapping[str, float]) -> 
 
 
 def _fit(
-    jobs: Sequence[Job], resources: dict[str, float], budget: float | None, options: RunOptions, watch: _Watch
+    jobs: Sequence[Job],
+    resources: dict[str, float],
+    budget: float | None,
+    options: RunOptions,
+    watch: Watch,
+    most: int | None,
 ) -> None:
-    trainable = tune.with_resources(tune.with_parameters(TuneTrainable, jobs=list(jobs)), resources)
+    """Run jobs as trials of one experiment, `most` of them at a time where that is given."""
+    parameters = tune.with_parameters(TuneTrainable, jobs=list(jobs), hang_timeout=options.hang_timeout)
+    trainable = tune.with_resources(parameters, resources)
     storage = tempfile.mkdtemp(prefix="flatmin-tune-")
     tuner = tune.Tuner(
         trainable,
         param_space={"job": tune.grid_search(list(range(len(jobs))))},
-        tune_config=tune.TuneConfig(reuse_actors=True, time_budget_s=budget),
+        tune_config=tune.TuneConfig(reuse_actors=True, time_budget_s=budget, max_concurrent_trials=most),
         run_config=tune.RunConfig(
             name="sweep",
             storage_path=storage,
@@ -133,96 +149,48 @@ def _fit(
         shutil.rmtree(storage, ignore_errors=True)
 
 
-class _Watch(tune.Callback):  # type: ignore[misc]
-    """Tells the monitor how trials go, and writes their failures down."""
-
-    def __init__(
-        self,
-        results: Results,
-        jobs: Sequence[Job],
-        monitor: Monitor,
-        failures: Counter[str],
-        lease: Lease,
-        most: int,
-    ) -> None:
-        self._results, self._jobs = results, jobs
-        self._monitor, self._failures, self._lease, self._most = monitor, failures, lease, most
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles its callbacks for a restore, which is never done: the results directory is the state.
-        return {}
-
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        self._monitor.advanced(self._job(trial), int(result["models_ended"]))
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        result = trial.last_result
-        if result.get(REFUSED):
-            job = self._job(trial)
-            self._failures[job.trial.trial_id] = self._most + 1
-            record_failure(self._results, job, result[REFUSED], result[REFUSED_AT])
-            self._monitor.failed(job, result[REFUSED], final=True)
-        elif result.get(tune.result.DONE):
-            self._monitor.finished(self._job(trial))
-
-    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._failed(trial, final=False)
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._failed(trial, final=True)
-
-    def on_step_end(self, iteration: int, trials: Any, **info: Any) -> None:
-        self._lease.raise_if_lost()
-
-    def ended_early(self, error: BaseException) -> None:
-        for job in uncommitted(self._results, self._jobs):
-            self._failures[job.trial.trial_id] += 1
-            record_failure(self._results, job, error_line(error), "")
-
-    def _failed(self, trial: Any, *, final: bool) -> None:
-        job = self._job(trial)
-        error = _last_error(trial)
-        line = error_line(getattr(error, "cause", None) or error)
-        self._failures[job.trial.trial_id] += 1
-        record_failure(self._results, job, line, str(error))
-        self._monitor.failed(job, line, final=final)
-
-    def _job(self, trial: Any) -> Job:
-        return self._jobs[int(trial.config["job"])]
-
-
-def _last_error(trial: Any) -> BaseException:
-    """Return what ended a Tune trial's last attempt; read where Tune writes it, before it is copied on."""
-    if trial.pickled_error_file and Path(trial.pickled_error_file).exists():
-        error: BaseException = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-        return error
-    text = Path(trial.error_file).read_text() if trial.error_file and Path(trial.error_file).exists() else ""
-    return RuntimeError(text.strip() or "the worker ended without a word")
-
-
 @contextlib.contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """Join a cluster, or run a private one; leave it at the end."""
+def _cluster(address: str | None) -> Iterator[str]:
+    """Join a cluster, or run a private one, and leave it at the end; give its dashboard's address, if it has one."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     private = address is None
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address=address or "local",
-            num_cpus=cpus if private else None,
-            include_dashboard=False if private else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
+    with _loopback() if private else contextlib.nullcontext():
+        try:
+            context = ray.init(
+                address=address or "local",
+                num_cpus=cpus if private else None,
+                include_dashboard=False if private else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
+        try:
+            yield context.dashboard_url or ""
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Let a private cluster listen on the loopback interface alone, as Ray does by itself on macOS and Windows.
+
+    On Linux it listens on all interfaces, whatever address it is given.
+    """
+    before = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, where ray is imported already
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        os.environ.pop(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+        if before[0] is not None:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[0]
 
 
 @contextlib.contextmanager
@@ -244,9 +212,15 @@ def _quiet(results: Results) -> Iterator[None]:
         yield
 
 
+class _Discreet(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 @contextlib.contextmanager
 def _quiet_to(log: Path) -> Iterator[None]:
     handler = logging.FileHandler(log)
+    handler.setFormatter(_Discreet())
     loggers = [logging.getLogger("ray"), logging.getLogger(__name__)]
     before = [(logger, logger.propagate, list(logger.handlers)) for logger in loggers]
     for logger in loggers:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmin.pulse import beat
 from flatmin.sharpness.evaluations import Evaluations
 from flatmin.sharpness.guards import check_losses, check_network, second_derivatives, work
 from flatmin.sharpness.losses import PerExample, cross_entropy
@@ -256,6 +257,7 @@ class Engine(Evaluations):
                     continue
                 with second_derivatives():
                     for s in range(len(vectors)):
+                        beat()
                         (product,) = torch.autograd.grad(grad, at, narrow[s, rows], retain_graph=True)
                         result[slot, s, rows] += product
         return result

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flatmin.errors import RequestError
+from flatmin.pulse import beat
 from flatmin.sharpness.guards import second_derivatives
 from flatmin.sharpness.jackknife import replicates
 from flatmin.sharpness.losses import PerExample
@@ -218,6 +219,7 @@ class Evaluations(Models):
 
     def _outputs(self, points: Tensor, index: Tensor, own: Batch) -> Tensor:
         """Return the outputs `[k, b, ...]` of models `index` at some weights, on examples of theirs."""
+        beat()
         return self.network.logits(points, {name: buffer[index] for name, buffer in self.buffers.items()}, own)
 
     def _function_of(self, function: ExampleFunction, points: Tensor, index: Tensor, batch: Batch) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from flatmin.orchestrator.launch import LaunchOptions, launch, measure
 from flatmin.orchestrator.release import export, import_study
 from flatmin.orchestrator.report import write_report
 from flatmin.results import Results
-from flatmin.trainables import checkpoint, job
 
 STUDY = """\
 study: tiny
@@ -218,7 +216,8 @@ def test_an_owner_that_was_away_learns_it(place: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.05)
     results = Results.create(f"{place}/r", "tiny")
     with Lease(results) as first:
-        monkeypatch.setattr(lease, "alive", lambda held: False)
+        monkeypatch.setattr(lease, "fresh", lambda held: False)
+        monkeypatch.setattr(Lease, "_beats", lambda self, held: False)
         with Lease(results) as second:
             until = time.monotonic() + 10
             while not first.lost and time.monotonic() < until:
@@ -243,37 +242,6 @@ def test_what_cannot_be_reached_is_said_at_once(place: str, server: str, monkeyp
     with pytest.raises(ResultsError, match="the bucket did not answer"):
         Results.create(f"{place}/r", "tiny")
     assert time.monotonic() - started < 60
-
-
-def test_a_bucket_that_is_away_for_a_while_is_waited_for(
-    place: str, server: str, study: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undisturbed = launch(study, f"{place}/undisturbed", options=INLINE).results
-    own = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)  # the same buckets at another address
-    own.start()
-    host, port = own.get_host_and_port()
-    point_to(f"http://{host}:{port}", monkeypatch)
-    servers, away = [own], list[float]()
-    save_weights = checkpoint.save_weights
-
-    def away_before(*given: Any) -> None:
-        if not away:
-            servers[0].stop()
-            away.append(time.monotonic())
-            threading.Timer(2.0, back).start()
-        save_weights(*given)
-
-    def back() -> None:
-        servers.append(ThreadedMotoServer("127.0.0.1", port=port, verbose=False))
-        servers[-1].start()
-
-    monkeypatch.setattr(job, "save_weights", away_before)
-    launched = launch(study, f"{place}/away", options=INLINE)
-    assert time.monotonic() - away[0] >= 2.0
-    assert (launched.trained, launched.remaining) == (8, 0)
-    pd.testing.assert_frame_equal(ordered(launched.results.models()), ordered(undisturbed.models()))
-    assert launched.results.failures().empty
-    servers[-1].stop()
 
 
 def test_tables_of_anybody(place: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flatmin.pulse import beat
 from flatmin.stack import StackedNetwork
 from flatmin.stack.network import Buffers
 from flatmin.trainables.data import Split
@@ -54,6 +55,7 @@ def evaluate(
     total = torch.zeros(len(objective.columns), len(params), dtype=torch.float64, device=params.device)
     chunks = split.chunks()[ranks.rank :: ranks.size]
     for (start, stop), batch in zip(chunks.bounds, chunks, strict=True):
+        beat()
         found = objective.scores(network.logits(params, buffers, batch), batch.y, split.true_y[start:stop])
         total += torch.stack([found[name].double().sum(dim=1) for name in objective.columns])
     means = ranks.sum(total).cpu() / len(split)

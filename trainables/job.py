@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmin.files import patiently
 from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
 from flatmin.settings import Argument, digest
 from flatmin.stack.arithmetic import prepare_arithmetic
-from flatmin.trainables.checkpoint import load_weights, restore_state, save_state, save_weights, weights_hash
+from flatmin.trainables.checkpoint import Checkpoints, load_weights, save_weights, weights_hash
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.downloads import downloads_allowed
 from flatmin.trainables.measures import (
@@ -37,37 +38,69 @@ from flatmin.trainables.measures import (
     measure_under_way,
     points_of,
 )
+from flatmin.trainables.parts import Attempt, Part, out_of_memory
 from flatmin.trainables.ranks import Ranks
 from flatmin.trainables.stand_ins import stand_in_root
 from flatmin.trainables.together import others
 from flatmin.trainables.trainer import StackTrainer, network_builder
-from flatmin.trial import Job, Model, Trial
+from flatmin.trial import Job, Model, Trial, missing_of
 
 
 def run(job: Job) -> Generator[int]:
     """Carry a job out, yielding now and then the number of models that have ended; the last yield follows the commit.
 
+    A stack that does not fit in the memory is taken in halves (`flatmin.trainables.parts`).
+
     Raises:
         LeaseLost: Another driver owns the results now; nothing was committed.
+        ModelsFailed: Some of several models have failed, and the others are committed.
         FlatminError: The data or the weights cannot be used; or a measure failed, and all else is committed.
     """
     results = Results(job.results)
-    job = replace(job, trial=_left(results, job.trial))
-    if job.trial.committed_as:
-        job = replace(job, execution=replace(job.execution, processes_per_model=1))
-        yield from _measure_saved(job, results, trainer_of(job, Ranks()))
-    else:
-        yield from _train(job, results, trainer_of(job, Ranks(0, job.execution.processes_per_model)))
+    failed, lost = results.attempts(job.trial.trial_id)
+
+    def work(part: Part) -> Generator[int]:
+        own = replace(job, trial=part.trial)
+        if part.trial.committed_as:
+            own = replace(own, execution=replace(job.execution, processes_per_model=1))
+            yield from _measure_saved(own, results, trainer_of(own, Ranks()))
+            return
+        trainer = trainer_of(own, Ranks(0, job.execution.processes_per_model))
+        how = {"retries": failed + lost, "halvings": part.halvings, "halved_for": part.reason}
+        measured = yield from _train(own, results, trainer, how)
+        if not measured:  # the memory that they took in training is freed before their measures are tried alone
+            del trainer
+            yield from attempt.carry_out(Part(replace(part.trial, committed_as=part.trial.trial_id)))
+
+    attempt = Attempt(work, lambda trial: _is_there(results, trial), apart=failed >= job.apart_after)
+    left = _left(results, job.trial, failed + lost)
+    ended = len(job.trial.models) - sum(len(trial.models) for trial in left)
+    if not left:
+        yield ended
+    for trial in left:
+        for of_trial in attempt.run(trial):
+            yield ended + of_trial
+        ended += len(trial.models)
 
 
-def _left(results: Results, trial: Trial) -> Trial:
-    """Return what of a trial is left to do: an attempt that failed in a measure has committed all else."""
-    if trial.committed_as or not results.holds("models", trial.trial_id):
-        return trial
-    members = {model.model_id for model in trial.models}
-    done = {label for model_id, label in results.measured() if model_id in members}
-    left = tuple(label for label in trial.measures if label not in done)
-    return replace(trial, measures=left, committed_as=trial.trial_id)
+def _is_there(results: Results, trial: Trial) -> bool:
+    return not trial.committed_as and results.holds("models", trial.trial_id)
+
+
+def _left(results: Results, trial: Trial, attempts: int) -> list[Trial]:
+    """Return what of a trial is left to do: an attempt that failed may have committed some of it."""
+    if not attempts and not _is_there(results, trial):
+        return [trial]
+    measured = results.measured()
+    if trial.committed_as:
+        done = [all((model.model_id, label) in measured for label in trial.measures) for model in trial.models]
+        left = tuple(model for model, is_done in zip(trial.models, done, strict=True) if not is_done)
+        return [replace(trial, models=left)] if left else []
+    ids = {model.model_id for model in trial.models}
+    columns = results.table("models").select(["model_id", "trial_id", "status"]).to_pylist()
+    rows = {row["model_id"]: (row["trial_id"], row["status"]) for row in columns if row["model_id"] in ids}
+    train, measure = missing_of([trial], rows, measured)
+    return train + measure
 
 
 def trainer_of(job: Job, ranks: Ranks, *, download: bool = True) -> StackTrainer:
@@ -127,34 +160,47 @@ def data_root() -> Path:
     return Path(os.environ.get("FLATMIN_DATA") or Path.home() / ".cache" / "flatmin").expanduser()
 
 
-def _train(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
+def _train(job: Job, results: Results, trainer: StackTrainer, how: Mapping[str, Any]) -> Generator[int, None, bool]:
+    """Train and measure a stack and commit it; return whether the memory was enough to measure it."""
     started_at = now()
     initial = trainer.progress.params
-    resumed = restore_state(results, trainer)
+    checkpoints = Checkpoints(results, trainer, lambda: check(results, job.token))
+    resumed = checkpoints.restore()
     saved = time.monotonic()
-    with others(job, resumed=resumed):
-        for progress in trainer.train():
-            measure_under_way(trainer, initial)
-            if progress.alive and time.monotonic() - saved >= job.execution.checkpoint_seconds:
-                check(results, job.token)
-                save_state(results, trainer)
-                saved = time.monotonic()
-            try:
-                yield len(trainer.outcomes) - len(progress.alive)
-            except GeneratorExit:  # told to stop between two steps: lose none of them
-                check(results, job.token)
-                save_state(results, trainer)
-                raise
-    execution = _execution(job, trainer, results.attempts(job.trial.trial_id), resumed)
+    try:
+        with others(job, resumed=resumed):
+            for progress in trainer.train():
+                measure_under_way(trainer, initial)
+                due = time.monotonic() - saved >= job.execution.checkpoint_seconds
+                if checkpoints.ready and due and progress.alive:
+                    checkpoints.save()
+                    saved = time.monotonic()
+                try:
+                    yield len(trainer.outcomes) - len(progress.alive)
+                except GeneratorExit:  # told to stop between two steps: lose none of them
+                    checkpoints.save()
+                    checkpoints.wait()
+                    raise
+    finally:
+        checkpoints.close()
+    execution = _execution(job, trainer, {**how, "resumed": resumed})
     rows = [_models_row(job.trial, model, started_at, execution) for model in job.trial.models]
     for row, outcome in zip(rows, trainer.outcomes, strict=True):
         assert outcome.row is not None
         row.update(outcome.row)
-    failed = measure_ended(trainer, initial)
-    _commit(job, results, trainer, initial, rows)
+    enough = True
+    try:
+        failed = measure_ended(trainer, initial)
+    except Exception as error:
+        if not out_of_memory(error) or not job.execution.weights:
+            raise
+        enough, failed = False, None
+    patiently(lambda: _commit(job, results, trainer, initial, rows))
+    checkpoints.remove()
     if failed:
         raise failed
     yield len(rows)
+    return enough
 
 
 def _commit(
@@ -166,12 +212,12 @@ def _commit(
 ) -> None:
     trial_id = job.trial.trial_id
     check(results, job.token)
-    save_weights(results, trainer, initial)
+    if job.execution.weights:
+        save_weights(results, job.trial, trainer.network, trainer.outcomes, initial)
     results.write("epochs", trial_id, _rows(trainer, "epochs"))
     _write_measured(results, trial_id, trainer)
     check(results, job.token)
     results.write("models", trial_id, rows, _arguments(job.trial))
-    results.remove(results.state_file(trial_id))
 
 
 def _measure_saved(job: Job, results: Results, trainer: StackTrainer) -> Generator[int]:
@@ -185,7 +231,9 @@ def _measure_saved(job: Job, results: Results, trainer: StackTrainer) -> Generat
     initial = trainer.progress.params
     failed = measure_saved(trainer, rows, params, buffers, Initial(initial, _differing(job.trial, initial, hashes)))
     check(results, job.token)
-    _write_measured(results, f"{job.trial.trial_id}-{digest(sorted(job.trial.measures))}", trainer)
+    of_models = [model.model_id for model in job.trial.models]
+    name = f"{job.trial.trial_id}-{digest([*sorted(job.trial.measures), *sorted(of_models)])}"
+    patiently(lambda: _write_measured(results, name, trainer))
     if failed:
         raise failed
     yield len(rows)
@@ -234,8 +282,8 @@ def _models_row(trial: Trial, model: Model, started_at: datetime, execution: Map
     }
 
 
-def _execution(job: Job, trainer: StackTrainer, attempt: int, resumed: bool) -> dict[str, Any]:
-    """Return how a trial was run, for the `execution` column."""
+def _execution(job: Job, trainer: StackTrainer, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a trial was run, for the `execution` column; `how`: what became of it on the way."""
     asked, cuda = job.execution, job.execution.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -251,8 +299,7 @@ def _execution(job: Job, trainer: StackTrainer, attempt: int, resumed: bool) -> 
         "micro_batch": trainer.micro_batch.size,
         "processes_per_model": asked.processes_per_model,
         "data": "streamed" if trainer.data.train.streamed else "resident",
-        "retries": attempt,
-        "resumed": resumed,
+        **how,
         "memory_bytes": int(peak),
         "versions": versions(),
         "commit": commit(),

@@ -112,7 +112,7 @@ def _join(job: Job, ranks: Ranks, store: Store) -> None:
 
 def _follow(stdin: IO[bytes]) -> None:
     """Train a job's model as one of the others: the same steps, and nothing is written."""
-    from flatmin.trainables.checkpoint import restore_state
+    from flatmin.trainables.checkpoint import Checkpoints
     from flatmin.trainables.job import trainer_of
 
     task: tuple[Job, int, int, bool] = pickle.load(stdin)
@@ -121,7 +121,7 @@ def _follow(stdin: IO[bytes]) -> None:
     ranks = Ranks(rank, job.execution.processes_per_model)
     _join(job, ranks, TCPStore(_HOST, port, ranks.size, is_master=False))
     trainer = trainer_of(job, ranks)
-    if resumed and not restore_state(Results(job.results), trainer):
+    if resumed and not Checkpoints(Results(job.results), trainer).restore():
         raise FlatminError("the checkpoint that the first process goes on from cannot be read")
     for _ in trainer.train():
         pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -267,7 +268,7 @@ def epoch_buttons(figure: go.Figure) -> go.Figure:
         for scale in ("linear", "log")
     ]
     rise = legend_height(figure) + 34
-    menu = {"name": "epochs", "type": "buttons", "direction": "right", "buttons": buttons}
+    menu: dict[str, Any] = {"name": "epochs", "type": "buttons", "direction": "right", "buttons": buttons}
     menu |= {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": rise}}
     figure.update_layout(updatemenus=[menu], margin_t=rise + 76)
     return figure

@@ -76,11 +76,16 @@ class BucketPath:
         """Return the place that a URI names.
 
         Raises:
-            ResultsError: It is of another kind, names no bucket, or leads upwards.
+            ResultsError: It is of another kind, names no bucket, holds credentials, or leads upwards.
         """
         scheme, _, rest = uri.partition("://")
         bucket, _, key = rest.partition("/")
         parts = [part for part in key.split("/") if part]
+        if "@" in bucket or ":" in bucket:
+            raise ResultsError(
+                f"{scheme}://***@...: a URI of results holds no credentials, for it is shown and kept; give "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or the machine a role"
+            )
         if scheme not in SCHEMES:
             raise ResultsError(f"'{uri}': results go to a directory, s3://BUCKET/NAME or gs://BUCKET/NAME")
         if not bucket or {".", ".."}.intersection(parts):

@@ -4,6 +4,7 @@ FlatminError
 ├── RequestError       the request is wrong; the command line exits with 2 and no traceback
 │   └── StudyError     all that is wrong with one study, collected
 ├── ResultsError       a results directory cannot be used as asked
+├── ModelsFailed       some models of a trial have failed; the others are committed
 ├── DataError          a data set cannot be read: a file is damaged, or not what it should be
 │   └── MissingData    its files are not there
 └── LeaseLost          another driver owns the results now; this process may not commit
@@ -12,7 +13,7 @@ FlatminError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class FlatminError(Exception):
@@ -63,6 +64,23 @@ class LeaseLost(FlatminError):
     """Another driver took the results over, so this process must not write them."""
 
 
+class ModelsFailed(FlatminError):
+    """Some models of a trial have failed, each alone, and the others are committed.
+
+    Args:
+        of_model: By model_id, the error in one line and its traceback.
+    """
+
+    def __init__(self, of_model: Mapping[str, tuple[str, str]]) -> None:
+        self.of_model = dict(of_model)
+        super().__init__(self.of_model)
+
+    def __str__(self) -> str:
+        first, (line, _) = next(iter(self.of_model.items()))
+        more = f", and {len(self.of_model) - 1} more models failed" if len(self.of_model) > 1 else ""
+        return f"model {first}: {line}{more}"
+
+
 class RequestWarning(UserWarning):
     """The request can be carried out, and some of what comes out says less than it seems to."""
 
@@ -84,3 +102,11 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Valid: {', '.join(names)}." if names else ""
+
+
+def error_line(error: BaseException) -> str:
+    """Return what an error says: its message where it is one for people, else its type and its message's last line."""
+    text = str(error).strip()
+    if isinstance(error, FlatminError):
+        return text
+    return f"{type(error).__name__}: {text.splitlines()[-1]}" if text else type(error).__name__

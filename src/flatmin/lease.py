@@ -26,7 +26,10 @@ from flatmin.results import Results, now
 
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 30.0
-"""A heartbeat older than this has stopped; another driver may take over."""
+"""A heartbeat older than this may have stopped. Clocks may differ too, so it is watched before another takes over."""
+
+OBSERVED_BEATS = 3
+"""For so many beats; time is then counted by this machine alone."""
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Lease:
             ResultsError: Another driver holds it and is alive.
         """
         held, self._seen = _read(self.results)
-        if held and alive(held):
+        if held and (fresh(held) or self._beats(held)):
             age = time.time() - held["heartbeat"]
             raise ResultsError(
                 f"'{self.results.path}' is in use by process {held['pid']} on {held['host']} since "
@@ -90,6 +93,18 @@ class Lease:
         """
         if self.lost:
             raise LeaseLost(f"another driver has taken '{self.results.path}' over; this one stops")
+
+    def _beats(self, held: Mapping[str, Any]) -> bool:
+        """Return whether the owner of a lease that looks old writes it all the same: a clock may have jumped."""
+        if held["released"] or dead(held):
+            return False
+        until = time.monotonic() + OBSERVED_BEATS * HEARTBEAT_SECONDS
+        while time.monotonic() < until:
+            time.sleep(HEARTBEAT_SECONDS / 5)
+            now_held, self._seen = _read(self.results)
+            if now_held != held:
+                return now_held is not None and not now_held["released"]
+        return False
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -142,19 +157,22 @@ def _read(results: Results) -> tuple[Mapping[str, Any] | None, Tag | None]:
     return (content if whole else None), tag
 
 
-def alive(held: Mapping[str, Any]) -> bool:
-    """Whether the owner of a lease still runs, as far as can be told from here."""
-    if held["released"] or abs(time.time() - held["heartbeat"]) > EXPIRY_SECONDS:
-        return False
+def fresh(held: Mapping[str, Any]) -> bool:
+    """Whether the owner of a lease still runs, as far as the clocks say."""
+    return not held["released"] and not dead(held) and abs(time.time() - held["heartbeat"]) <= EXPIRY_SECONDS
+
+
+def dead(held: Mapping[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that has ended."""
     if held["host"] != socket.gethostname():
-        return True
+        return False
     try:
         os.kill(held["pid"], 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        return False
+    return False
 
 
 def check(results: Results, token: str) -> None:

@@ -2,14 +2,14 @@
 
     plan/, models/, epochs/, sharpness/, spectra/, failures/    Parquet, one file per trial (or plan, or attempt)
     checkpoints/<trial_id>.safetensors                          weights of a committed trial
-    checkpoints/<trial_id>.state                                a trial under way, to be gone on with
+    checkpoints/<trial_id>-a.state, -b.state                    a trial under way
+    logs/<trial_id>.log, logs/ray.log                           what workers and Tune have said
     study.yaml, results.json, lease.json                        the resolved study, the schema, the owner
     merged.json                                                 which merged files count (flatmin.merged)
     cache/                                                      what was read before; may be deleted (flatmin.cache)
 
-A file is written under a temporary name and renamed; an object of a bucket is whole from the start
-(`flatmin.bucket`). `models/` is written last: that is the commit, and a row elsewhere counts only if its
-(model_id, trial_id) is in `models/`.
+A file is written under a temporary name and renamed; an object of a bucket is whole from the start (`flatmin.bucket`).
+`models/` is written last: that is the commit, and a row elsewhere counts only if its (model_id, trial_id) is there.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import pyarrow.parquet as pq
 from flatmin import merged, scan
 from flatmin.bucket import BucketPath, Place
 from flatmin.errors import CorruptFileWarning, ResultsError
-from flatmin.files import place, write_atomically
+from flatmin.files import is_temporary, place, plain_name, write_atomically
 from flatmin.settings import Argument
-from flatmin.tables import SCHEMA_VERSION, TABLES, arrow_batches, schema
+from flatmin.tables import LOST, SCHEMA_VERSION, TABLES, arrow_batches, schema
 
 if TYPE_CHECKING:  # it takes longer to import than a query to answer
     import pandas as pd
@@ -86,7 +86,7 @@ class Results:
         try:
             results.path.mkdir(parents=True, exist_ok=True)
             if not results.header_file.exists():
-                names = {entry.name for entry in results.path.iterdir() if not _is_temporary(entry)}
+                names = {entry.name for entry in results.path.iterdir() if not is_temporary(entry)}
                 if names - {"lease.json"}:
                     raise ResultsError(f"'{path}' is not empty and is not a results directory; choose another")
                 header = {"schema": SCHEMA_VERSION, "study": study, "created_at": now().isoformat()}
@@ -132,15 +132,20 @@ class Results:
 
     def weights_file(self, trial_id: str) -> Place:
         """Where a committed trial's weights are."""
-        return self.path / "checkpoints" / f"{trial_id}.safetensors"
+        return self.path / "checkpoints" / f"{plain_name(trial_id)}.safetensors"
 
-    def state_file(self, trial_id: str) -> Place:
-        """Where a trial under way keeps what it needs to go on."""
-        return self.path / "checkpoints" / f"{trial_id}.state"
+    def state_files(self, trial_id: str) -> tuple[Place, Place]:
+        """Where a trial under way keeps, twice, what it needs to go on."""
+        folder = self.path / "checkpoints"
+        return folder / f"{plain_name(trial_id)}-a.state", folder / f"{trial_id}-b.state"
+
+    def log_file(self, trial_id: str) -> Place:
+        """Where what a trial's worker has said is kept."""
+        return self.path / "logs" / f"{plain_name(trial_id)}.log"
 
     def table_file(self, table: str, name: str) -> Place:
         """Where one file of a table is."""
-        return self.path / table / f"{name}.parquet"
+        return self.path / table / f"{plain_name(name)}.parquet"
 
     def check_schema(self) -> dict[str, Any]:
         """Return the header.
@@ -182,9 +187,10 @@ class Results:
         """Whether a table has a file of that name, of its own or merged with others."""
         return scan.holds(self.path, table, name)
 
-    def attempts(self, trial_id: str) -> int:
-        """Return how often a trial has failed."""
-        return sum(1 for _ in (self.path / "failures").glob(f"{trial_id}-*.parquet"))
+    def attempts(self, trial_id: str) -> tuple[int, int]:
+        """Return how often a trial has failed, and how often its process was lost after it had got on."""
+        both, lost = (sum(1 for _ in (self.path / "failures").glob(f"{trial_id}-{x}*.parquet")) for x in ("", LOST))
+        return both - lost, lost
 
     def read(self, table: str) -> pa.Table:
         """Return every readable row of a table, committed or not, unreadable files left out with a warning.
@@ -269,7 +275,7 @@ class Results:
         if isinstance(self.path, BucketPath):
             return
         for file in self.path.rglob("*"):
-            if _is_temporary(file) and not file.name.startswith(f".{merged.NAME}"):  # somebody may be merging
+            if is_temporary(file) and not file.name.startswith(f".{merged.NAME}"):  # somebody may be merging
                 file.unlink(missing_ok=True)
 
 
@@ -307,10 +313,6 @@ def _committed(rows: pa.Table, models: pa.Table) -> pa.Table:
     pairs = pc.add(pc.multiply(model, len(models)), trial)
     counts = pc.is_in(pc.add(pc.multiply(own_model, len(models)), own_trial), value_set=pc.drop_null(pairs))
     return rows if pc.all(counts).as_py() in (True, None) else rows.filter(counts)
-
-
-def _is_temporary(file: Place) -> bool:
-    return file.name.startswith(".") and file.suffix == ".tmp"
 
 
 def now() -> datetime:

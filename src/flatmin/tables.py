@@ -13,6 +13,9 @@ import pyarrow as pa
 
 from flatmin.settings import Argument
 
+LOST = "lost"
+"""What the names of files of `failures` have that use no attempt up."""
+
 SCHEMA_VERSION = 1
 """Counts up when a column changes its name or its meaning."""
 
@@ -86,7 +89,11 @@ COLUMNS: Mapping[str, list[Column]] = {
         Column("device", _TEXT, "what it was trained on"),
         Column("host", _TEXT, "the machine it was trained on"),
         Column("started_at", _TIME, "when its trial began"),
-        Column("execution", _TEXT, "JSON: stack size, threads, compile, retries, memory, versions, commit"),
+        Column(
+            "execution",
+            _TEXT,
+            "JSON: stack size, halvings and why, threads, compile, retries, memory, versions, commit",
+        ),
         *_ADDED,
     ],
     "epochs": [
@@ -128,7 +135,11 @@ COLUMNS: Mapping[str, list[Column]] = {
     "failures": [
         _MODEL,
         _TRIAL,
-        Column("attempt", _WHOLE, "which attempt of the trial failed, from 1 on"),
+        Column(
+            "attempt",
+            _WHOLE,
+            "which attempt of the trial failed, from 1 on; 0 where it got on and its process was lost",
+        ),
         Column("host", _TEXT, "the machine it failed on"),
         Column("error", _TEXT, "the error in one line"),
         Column("traceback", _TEXT, "where it was raised"),

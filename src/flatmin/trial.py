@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flatmin.errors import RequestError
@@ -52,6 +52,36 @@ class Trial:
         return self.models[0].settings
 
 
+def missing_of(
+    trials: Iterable[Trial], rows: Mapping[str, tuple[str, str]], measured: Collection[tuple[str, str]]
+) -> tuple[list[Trial], list[Trial]]:
+    """Return what of some trials is still to be trained, and what of trained models is still to be measured.
+
+    Args:
+        trials: The trials, none of them of saved weights.
+        rows: The `trial_id` and `status` of trained models, by model_id.
+        measured: The (model_id, label) pairs that have been computed.
+    """
+    train: list[Trial] = []
+    lacking: dict[tuple[str, str, tuple[str, ...]], list[Model]] = {}
+    for trial in trials:
+        left = tuple(model for model in trial.models if model.model_id not in rows)
+        if left:
+            train.append(trial if len(left) == len(trial.models) else replace(trial, models=left))
+        for model in trial.models:
+            trial_id, status = rows.get(model.model_id, ("", "diverged"))
+            if status == "diverged":
+                continue
+            labels = tuple(label for label in trial.measures if (model.model_id, label) not in measured)
+            if labels:
+                lacking.setdefault((trial.study, trial_id, labels), []).append(model)
+    measure = [
+        Trial(study, tuple(models), labels, committed_as=trial_id)
+        for (study, trial_id, labels), models in lacking.items()
+    ]
+    return train, measure
+
+
 @dataclass(frozen=True)
 class Execution:
     """How a trial is run; recorded in `models.execution`, never part of an id.
@@ -66,6 +96,7 @@ class Execution:
         channels_last: Whether images lie in memory channels last.
         micro_batch: The most examples of each model in one pass; None: a whole batch, `auto`: as many as fit.
         processes_per_model: Processes that train a model together, each on a GPU of its own where there are any.
+        weights: Whether the trained weights are kept.
     """
 
     device: str = "cpu"
@@ -77,6 +108,7 @@ class Execution:
     channels_last: bool = False
     micro_batch: int | Literal["auto"] | None = None
     processes_per_model: int = 1
+    weights: bool = True
 
     def check_device(self) -> None:
         """Refuse what the device cannot do.
@@ -97,9 +129,11 @@ class Job:
         results: The results directory.
         token: The lease under which the worker may commit.
         execution: How to run it.
+        apart_after: Failed attempts after which a stack is halved until the models that fail stand alone.
     """
 
     trial: Trial
     results: str
     token: str
     execution: Execution = Execution()
+    apart_after: int = 1

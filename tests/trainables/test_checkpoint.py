@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from flatmin import files
+from flatmin.bucket import Place
 from flatmin.lease import Lease
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
 from flatmin.results import Results
-from flatmin.trainables.checkpoint import load_weights, restore_state, weights_hash
+from flatmin.trainables import checkpoint
+from flatmin.trainables.checkpoint import Checkpoints, load_weights, weights_hash
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.job import load_dataset, run
 from flatmin.trainables.trainer import StackTrainer, network_builder
@@ -50,10 +56,10 @@ def test_stopped_and_gone_on_is_bitwise_the_undisturbed_run(tmp_path: Path, opti
             job = Job(one, str(results.path), lease.token, Execution())
             for steps in stops:
                 stop_after(job, steps)
-                assert results.state_file(one.trial_id).exists()
+                assert any(file.exists() for file in results.state_files(one.trial_id))
             for _ in run(job):
                 pass
-        assert not results.state_file(one.trial_id).exists()
+        assert not any(file.exists() for file in results.state_files(one.trial_id))
         trainer = StackTrainer(one, _digits(), network_builder(one.program, (1, 8, 8), 10), Execution())
         weights.append(load_weights(results, one, trainer.network, [], torch.device("cpu")))
         drop = ["seconds", "started_at", "execution"]
@@ -91,20 +97,77 @@ def test_a_checkpoint_of_models_in_other_places_is_not_used(tmp_path: Path) -> N
         stop_after(Job(one, str(results.path), lease.token, Execution()), 3)
         trainer = StackTrainer(turned, _digits(), network_builder(one.program, (1, 8, 8), 10), Execution())
         assert turned.trial_id == one.trial_id
-        assert not restore_state(results, trainer)
+        assert not Checkpoints(results, trainer).restore()
 
 
-def test_a_damaged_checkpoint_starts_the_trial_again(tmp_path: Path) -> None:
+def test_a_torn_checkpoint_falls_back_to_the_one_before_and_two_to_the_start(tmp_path: Path) -> None:
+    """What the same kill has torn is passed over; which of the two was left is seen from where training goes on."""
     one = trial(tmp_path, "sgd")
     results = Results.create(tmp_path / "r", "tiny")
     with Lease(results) as lease:
-        job = Job(one, str(results.path), lease.token, Execution())
-        stop_after(job, 3)
-        state = results.state_file(one.trial_id)
-        state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-        for _ in run(job):
-            pass
+        job = Job(one, str(results.path), lease.token, Execution(checkpoint_seconds=0.0))
+        stop_after(job, 8)  # the last two steps are kept
+        trainer = StackTrainer(one, _digits(), network_builder(one.program, (1, 8, 8), 10), Execution())
+        pair = sorted(results.state_files(one.trial_id), key=lambda file: place(file))
+        assert place(pair[1]) == (2, 0)  # four steps an epoch
+        assert place(pair[0]) < place(pair[1])
+        newest, before = pair[1].read_bytes(), place(pair[0])
+        for torn in (newest[: len(newest) // 2], newest[:-100], b""):
+            pair[1].write_bytes(torn)
+            assert Checkpoints(results, trainer).restore()
+            assert (trainer.progress.epoch, trainer.progress.step) == before
+            assert not pair[1].exists()
+        for file in pair:
+            file.write_bytes(b"PK torn")
+        list(run(job))
     assert len(results.models()) == len(one.models)
+
+
+def place(file: Place) -> tuple[int, int]:
+    progress = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)["progress"]
+    return progress["epoch"], progress["step"]
+
+
+def test_what_goes_wrong_while_a_checkpoint_is_written_is_raised_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trial(tmp_path, "sgd")
+    results = Results.create(tmp_path / "r", "tiny")
+
+    def refused(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with Lease(results) as lease:
+        monkeypatch.setattr("flatmin.trainables.checkpoint.write_atomically", refused)
+        with pytest.raises(OSError, match="Input/output error"):
+            list(run(Job(one, str(results.path), lease.token, Execution(checkpoint_seconds=0.0))))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes written are those of the step at which the checkpoint was taken, not of a later one."""
+    one = trial(tmp_path, "sgd")
+    results = Results.create(tmp_path / "r", "tiny")
+    trainer = StackTrainer(one, _digits(), network_builder(one.program, (1, 8, 8), 10), Execution())
+    release, write = threading.Event(), files.write_atomically
+
+    def slowly(*given: Any) -> None:
+        assert release.wait(30)
+        write(*given)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", slowly)
+    training, checkpoints = trainer.train(), Checkpoints(results, trainer)
+    next(training)
+    taken = trainer.progress.params.clone()
+    checkpoints.save()
+    for _ in range(3):
+        next(training)
+        assert not checkpoints.ready
+    release.set()
+    checkpoints.close()
+    (file,) = (file for file in results.state_files(one.trial_id) if file.exists())
+    saved = torch.load(io.BytesIO(file.read_bytes()), weights_only=True)["progress"]
+    assert saved["step"] == 1
+    assert torch.equal(saved["params"], taken)
 
 
 def _digits() -> Dataset:

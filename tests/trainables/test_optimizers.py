@@ -18,7 +18,7 @@ from flatmin.results import Results
 from flatmin.settings import model_id
 from flatmin.stack import permutation, stream_key
 from flatmin.trainables import passes
-from flatmin.trainables.checkpoint import restore_state, save_state
+from flatmin.trainables.checkpoint import Checkpoints
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.trainer import StackTrainer
 from flatmin.trial import Execution, Model, Trial
@@ -246,6 +246,12 @@ def test_an_epoch_is_one_pass_over_the_data(dataset: Dataset) -> None:
     assert trainer_of(three_models("entropy-sgd", entropy_steps=2), dataset).steps_per_epoch == 3
 
 
+def save(results: Results, trainer: StackTrainer) -> None:
+    checkpoints = Checkpoints(results, trainer)
+    checkpoints.save()
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("name", optimizer_names())
 def test_resuming_from_a_checkpoint_changes_no_bit(name: str, dataset: Dataset, tmp_path: Path) -> None:
     """A stack that is saved in the middle of an epoch and restored elsewhere ends with the same weights and rows."""
@@ -254,9 +260,9 @@ def test_resuming_from_a_checkpoint_changes_no_bit(name: str, dataset: Dataset, 
     list(undisturbed.train())
     results = Results(tmp_path)
     first = after(trainer_of(models, dataset), 4)
-    save_state(results, first)
+    save(results, first)
     second = trainer_of(models, dataset)
-    assert restore_state(results, second)
+    assert Checkpoints(results, second).restore()
     list(second.train())
     for ours, expected in zip(second.outcomes, undisturbed.outcomes, strict=True):
         assert ours.params is not None
@@ -273,8 +279,8 @@ def test_a_checkpoint_of_another_optimizer_is_not_used(dataset: Dataset, tmp_pat
     results = Results(tmp_path)
     trainer = after(trainer_of(three_models("sgd"), dataset), 2)
     trainer.progress.optimizer = {"velocity": trainer.progress.optimizer["sgd/velocity"]}
-    save_state(results, trainer)
-    assert not restore_state(results, trainer_of(three_models("sgd"), dataset))
+    save(results, trainer)
+    assert not Checkpoints(results, trainer_of(three_models("sgd"), dataset)).restore()
 
 
 def test_frozen_parameters_are_left_alone(dataset: Dataset) -> None:
