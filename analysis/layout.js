@@ -72,7 +72,7 @@ const layouts = (() => {
 
   // pixels that the figures leave for their menus; of one more line of a title
   const MENU = 38;
-  const RISE = 18;
+  const RISE = 26;
 
   // plotly.js draws menus that no keyboard reaches: the page has its own instead, and gives back their room
   function withoutMenus({ updatemenus, ...layout }) {

@@ -7,8 +7,8 @@ configurations of one model each, which is 25 times the pairs.
 Direct implementations are what a paper's script does: `scipy.stats.kendalltau` of every resample; sign errors in two
 loops over rows, as published (Dziugaite et al. 2020), with the loop over measures inside; matrices of all pairs and a
 table of counts for the mutual information. They are timed on a part (so many resamples, rows, configurations of one
-measure), and the time is multiplied up to the whole; on that part they have to agree with ours. Prints seconds and the
-ratio.
+measure), and the time is multiplied up to the whole; on that part they have to agree with ours. Prints CPU seconds and
+their ratio; of everything the wall-clock seconds too, which other programs make longer, and the load.
 
     python benchmarks/analysis.py
 """
@@ -16,6 +16,7 @@ ratio.
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -51,10 +52,10 @@ def models(seeds: int) -> pd.DataFrame:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Return the seconds of one call."""
-    start = time.perf_counter()
+    """Return the CPU seconds of one call, all threads together: what other programs leave alone."""
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def scipy_bootstrap(x: Floats, y: Floats, counts: Floats) -> Floats:
@@ -155,17 +156,20 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     console = Console(width=110)
     console.print(
-        f"{platform.processor() or platform.machine()}, numpy {np.__version__}, scipy {metadata.version('scipy')}"
+        f"{platform.processor() or platform.machine()}, numpy {np.__version__}, scipy {metadata.version('scipy')}, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     for seeds in (5, 1):
         table = models(seeds)
         axes = list(AXES)
         names = [name for name in table.columns if name.startswith("measure_")]
         request = {"axes": axes, "measures": names, "filter": "train_loss <= 0.01", "test_examples": TEST_EXAMPLES}
+        start = time.perf_counter()
         seconds = timed(partial(correlate, table, **request))
+        wall = time.perf_counter() - start
         size = f"{len(table)} models, {len(table) // seeds} configurations, {MEASURES} measures, {len(axes)} axes"
-        console.print(f"{size}: everything in {seconds:.1f} s")
-        shown = Table("statistic, all measures", "ours, s", "direct, s", "ratio")
+        console.print(f"{size}: everything in {seconds:.1f} CPU s, {wall:.1f} s")
+        shown = Table("statistic, all measures", "ours, CPU s", "direct, CPU s", "ratio")
         for row in compare(table, axes):
             shown.add_row(*row)
         console.print(shown)
