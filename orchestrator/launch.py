@@ -25,6 +25,7 @@ from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.packing import share_of_a_gpu, with_balanced
 from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
 from flatmin.orchestrator.progress import Display
+from flatmin.orchestrator.rates import longest_first
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.orchestrator.study import Study, read_study
 from flatmin.orchestrator.study_file import Resources
@@ -344,9 +345,9 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
     left = sum(len(trial.models) for trial in todo.train)
     cost = estimate(trials)
     check_space(results, cost.bytes)
-    order = sorted(range(len(trials)), key=lambda i: -(cost.seconds[i] or 0.0))  # the longest first: a short tail
-    apart_after = min(1, options.run.max_failures)
-    jobs = [Job(trials[i], str(results.path), lease.token, options.execution, apart_after) for i in order]
+    execution, apart_after = options.execution, min(1, options.run.max_failures)
+    order = longest_first(cost.seconds)
+    jobs = [Job(trials[i], str(results.path), lease.token, execution, apart_after) for i in order]
     with Display(console, planned, planned - left) as display:
         if options.inline:
             execution = replace(options.execution, device=_inline_device(options.run))

@@ -9,10 +9,10 @@ more, it has not been measured; its stacks are too small there rather than too l
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -20,7 +20,7 @@ from flatmin.bucket import Place
 from flatmin.errors import RequestError
 from flatmin.orchestrator.estimate import all_epochs, trial_costs
 from flatmin.orchestrator.plan import LARGEST_AUTO_STACK, make_plan, program_key
-from flatmin.orchestrator.rates import makespan, predicted_rates, trial_seconds
+from flatmin.orchestrator.rates import Rates, makespan, predicted_rates, trial_seconds
 from flatmin.orchestrator.study import Study
 from flatmin.results import Results
 from flatmin.trial import Execution, Trial
@@ -38,18 +38,25 @@ MOST_ON_A_GPU = 16
 """Stacks that share a GPU at most: each is a process with a core and a data set of its own."""
 
 
-def balanced(study: Study, at_a_time: int) -> int:
+def balanced(
+    study: Study,
+    at_a_time: int,
+    rates: Callable[[Trial, Mapping[str, Any]], Rates] = predicted_rates,
+    costs_of: Callable[[Sequence[Trial]], Sequence[Mapping[str, Any]]] = trial_costs,
+) -> int:
     """Return the largest stack with which a study is done first; of equals, the larger one.
 
     Args:
         study: The study.
         at_a_time: Trials that run at a time.
+        rates: How long the parts of a trial take.
+        costs_of: What the programs of trials cost.
 
     Raises:
         RequestError: A trial cannot be trained.
     """
     whole = make_plan(study, SIZES[0]).trials
-    costs = dict(zip((_kind(trial, study) for trial in whole), trial_costs(whole), strict=True))
+    costs = dict(zip((_kind(trial, study) for trial in whole), costs_of(whole), strict=True))
     if any("error" in cost for cost in costs.values()):
         return SIZES[0]
     best, least = SIZES[0], float("inf")
@@ -58,7 +65,7 @@ def balanced(study: Study, at_a_time: int) -> int:
         seconds = []
         for trial in trials:
             cost = costs[_kind(trial, study)]
-            seconds.append(trial_seconds(trial, cost, predicted_rates(trial, cost), all_epochs(trial)))
+            seconds.append(trial_seconds(trial, cost, rates(trial, cost), all_epochs(trial)))
         if (found := makespan(seconds, at_a_time)) < least:
             best, least = largest, found
         if len(trials) >= ENOUGH * at_a_time:

@@ -10,6 +10,7 @@ for one CPU core; how far off they are has not been measured.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -181,14 +182,32 @@ def training_seconds(trial: Trial, cost: Mapping[str, Any], rates: Rates, ends: 
     return seconds
 
 
+def longest_first(seconds: Sequence[float | None]) -> list[int]:
+    """Return in which order trials are started: those that take longest first, which makes for a short tail.
+
+    >>> longest_first([2.0, None, 3.0, 3.0])
+    [2, 3, 0, 1]
+    """
+    return sorted(range(len(seconds)), key=lambda number: -(seconds[number] or 0.0))
+
+
+def list_schedule(seconds: Sequence[float], at_a_time: int) -> list[float]:
+    """Return when each trial ends if they are started in this order, each as soon as one of so many places is free.
+
+    >>> list_schedule([3.0, 1.0, 2.0], 2)
+    [3.0, 1.0, 3.0]
+    """
+    free, ends = [0.0] * at_a_time, []
+    for duration in seconds:
+        ends.append(free[0] + duration)
+        heapq.heapreplace(free, ends[-1])
+    return ends
+
+
 def makespan(seconds: Sequence[float], concurrency: int) -> float:
     """Return when the last trial is done if `concurrency` run at a time, the longest first, as a launch starts them.
 
     >>> makespan([3.0, 3.0, 2.0, 2.0, 2.0], 2)
     7.0
     """
-    free = [0.0] * concurrency
-    for duration in sorted(seconds, reverse=True):
-        first = free.index(min(free))
-        free[first] += duration
-    return max(free)
+    return max(list_schedule([seconds[number] for number in longest_first(seconds)], concurrency), default=0.0)

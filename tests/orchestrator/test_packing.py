@@ -54,15 +54,14 @@ def test_the_shortest_of_a_few_jobs_is_found_by_trying_all_ways() -> None:
 )
 def test_stacks_are_as_large_as_keeps_all_devices_busy(
     one_kind: Callable[[int], Study],
-    monkeypatch: pytest.MonkeyPatch,
     models: int,
     at_a_time: int,
     stacks: list[int],
 ) -> None:
     line = Line(1.0, 1.0)  # a stack of n takes 1 + n: a second is lost for every stack, whatever its size
-    monkeypatch.setattr(packing, "predicted_rates", lambda trial, cost: Rates(line, Line(0.0, 0.0), 0.0))
     study = one_kind(models)
-    assert [len(trial.models) for trial in make_plan(study, balanced(study, at_a_time)).trials] == stacks
+    largest = balanced(study, at_a_time, lambda trial, cost: Rates(line, Line(0.0, 0.0), 0.0))
+    assert [len(trial.models) for trial in make_plan(study, largest).trials] == stacks
 
 
 def test_what_a_study_was_launched_with_stays(write_study: Write, tmp_path: Path) -> None:
