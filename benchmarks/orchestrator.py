@@ -4,8 +4,9 @@
 
 **overhead**: models that sleep for a second, through the whole of a real launch: study, plan, Ray, worker, trainer,
 files of results. The sleep stands in for the arithmetic, and is all that is simulated: a plug-in network sleeps in its
-one training pass. Plain Tune sleeps in a function trainable that has imported torch, and reports one number. The ideal
-is models x seconds / slots; the overhead per model is what a slot takes longer for one.
+training pass; a stack sleeps as many times as it has models. Plain Tune sleeps in a function trainable that has
+imported torch, and reports one number. The ideal is models x seconds / slots; the overhead per model is what a slot
+takes longer for one.
 
 **memory**: resident memory of the driver while a launch of so many planned models is under way, ended by a time budget.
 
@@ -31,7 +32,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-SLOTS = 2
+SLOTS, STACK = 2, 32
 
 NETWORK = '''"""A linear layer whose training pass takes as long as it is told to."""
 
@@ -103,9 +104,10 @@ def plugged_in() -> Iterator[tuple[Path, dict[str, str]]]:
         yield folder, {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": name}
 
 
-def launch_line(folder: Path, models: int, results: str, *more: str) -> list[str]:
-    """Return the command that launches so many naps."""
-    settings = [f"seeds={models}", "epochs=1"]
+def launch_line(folder: Path, models: int, results: str, *more: str, stack: int = 1) -> list[str]:
+    """Return the command that launches so many naps; a stack naps as many times as it has models."""
+    settings = [f"seeds={models}", f"epochs={stack}", f"eval_every={stack}"]
+    more = (*more, "--models-per-trial", str(stack))
     where = ["--results", str(folder / results), "--gpus-per-trial", "0"]
     line = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(folder / "naps.yaml"), *settings, *where]
     return [*line, "--cpus-per-trial", f"{len(os.sched_getaffinity(0)) / SLOTS:g}", *more]
@@ -129,6 +131,10 @@ def overhead(models: int, peers_models: int, repetitions: int) -> Table:
         runs: dict[str, tuple[int, Callable[[int], list[str]]]] = {
             "ours": (models, lambda turn: launch_line(folder, models, f"r{turn}")),
             "ours, started and ended": (SLOTS, lambda turn: launch_line(folder, SLOTS, f"s{turn}")),
+            f"ours, stacks of {STACK}": (
+                models,
+                lambda turn: launch_line(folder, models, f"k{turn}", stack=STACK),
+            ),
             "plain Ray Tune": (peers_models, lambda turn: tune_line(peers_models)),
             "plain Ray Tune, started and ended": (SLOTS, lambda turn: tune_line(SLOTS)),
         }
@@ -150,8 +156,8 @@ def overhead(models: int, peers_models: int, repetitions: int) -> Table:
             f"{statistics.median(taken[name]) / ideal - 1:.1%}",
             f"{statistics.median(each):.0f}",
         )
-    for who, count in (("ours", models), ("plain Ray Tune", peers_models)):
-        once = statistics.median(taken[f"{who}, started and ended"]) - 1
+    for who, count in (("ours", models), (f"ours, stacks of {STACK}", models), ("plain Ray Tune", peers_models)):
+        once = statistics.median(taken[f"{who.partition(',')[0]}, started and ended"]) - 1
         beyond = [(second - once - count / SLOTS) / count * SLOTS * 1e3 for second in taken[who]]
         spread = f"{min(beyond):.0f} to {max(beyond):.0f}"
         ten = 10_000 / SLOTS
@@ -213,7 +219,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["overhead", "memory", "scan"], metavar="PART")
-    parser.add_argument("--models", type=int, default=200, help="one-second models of ours")
+    parser.add_argument("--models", type=int, default=256, help="one-second models of ours")
     parser.add_argument("--peers-models", type=int, default=30, help="and of plain Ray Tune")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of a launch whose memory is measured")

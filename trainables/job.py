@@ -256,7 +256,8 @@ def _write_measured(results: Results, name: str, trainer: StackTrainer) -> None:
         ids = ("model_id", "trial_id")
         points = ({**{k: curve[k] for k in ids}, **point} for curve in curves for point in points_of(curve))
         results.write("spectra", name, points)
-    results.write("sharpness", name, _rows(trainer, "sharpness"))
+    if trainer.trial.measures:
+        results.write("sharpness", name, _rows(trainer, "sharpness"))
 
 
 def _rows(trainer: StackTrainer, table: str) -> list[dict[str, Any]]:
