@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,7 @@ def schedule(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return `benchmarks/schedule.py` as a module."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.delitem(sys.modules, "schedule", raising=False)
-    import schedule as found
-
-    return found
+    return importlib.import_module("schedule")
 
 
 @pytest.mark.parametrize(
