@@ -88,7 +88,7 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
             before = len(left)
             left = [job for job in uncommitted(results, now) if failures[job.trial.trial_id] <= options.max_failures]
             left += later
-            stalled = 0 if len(left) < before or watch.crowded > 1 else stalled + 1
+            stalled = 0 if len(left) < before or watch.forgiven else stalled + 1
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 
 

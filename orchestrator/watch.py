@@ -67,6 +67,8 @@ class Watch(tune.Callback):  # type: ignore[misc]
         self._alive: dict[Any, _Life] = {}
         self._hung: set[Any] = set()
         self._checkpoints: dict[str, tuple[tuple[str, int], ...]] = {}
+        self.forgiven = 0
+        """How many failures did not count."""
         self.crowded = 0
         """How many trials ran when a machine's memory ran out, which ends Tune's run; 0 where it did not."""
 
@@ -119,6 +121,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
         for job in uncommitted(self._results, running or self._jobs):
             counts = self.crowded < 2 and not self._got_on(job)
             self._failures[job.trial.trial_id] += counts
+            self.forgiven += not counts
             record_failure(self._results, job, error.__cause__ or error, "", counts=counts)
 
     def _failed(self, trial: Any, error: BaseException, *, may_end: bool) -> bool:
@@ -134,6 +137,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
             error, counts = Hung(f"no sign of life for {self._options.hang_timeout:g} s (--hang-timeout)"), True
         error = getattr(error, "cause", None) or error
         self._failures[job.trial.trial_id] += counts
+        self.forgiven += not counts
         final = may_end and self._failures[job.trial.trial_id] > self._options.max_failures
         record_failure(self._results, job, error, trace, counts=counts)
         self._monitor.failed(job, without_secrets(error_line(error)), final=final)
