@@ -29,7 +29,7 @@ def test_every_line_has_its_time(job: Job, tmp_path: Path, capsys: pytest.Captur
     print("for the terminal")
     with log:  # the next slice of work
         sys.stderr.write("more\nthree\n")
-        faulthandler.dump_traceback(log.file)  # type: ignore[arg-type]
+        faulthandler.dump_traceback(log.file)
     log.close()
     said = (tmp_path / "r" / "logs" / "abc.log").read_text()
     assert re.match(rf"{STAMP}one\n{STAMP}two more\n{STAMP}three\n", said)
