@@ -33,6 +33,9 @@ from flatmin.secrets import without_secrets
 from flatmin.trainables.tune_trainable import TuneTrainable
 from flatmin.trial import Job
 
+_STARTS = 3
+"""How often a private cluster is started: Ray gives its processes 30 s, which on a busy machine may not do."""
+
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # five files per trial that nobody reads
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # an interrupt is ours to handle
@@ -88,7 +91,7 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
             before = len(left)
             left = [job for job in uncommitted(results, now) if failures[job.trial.trial_id] <= options.max_failures]
             left += later
-            stalled = 0 if len(left) < before or watch.crowded > 1 else stalled + 1
+            stalled = 0 if len(left) < before or watch.forgiven else stalled + 1
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 
 
@@ -154,9 +157,23 @@ def _cluster(address: str | None) -> Iterator[str]:
     """Join a cluster, or run a private one, and leave it at the end; give its dashboard's address, if it has one."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     private = address is None
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     on_terminate = signal.getsignal(signal.SIGTERM)
     with _loopback() if private else contextlib.nullcontext():
+        dashboard = _start(address)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
+        try:
+            yield dashboard
+        finally:
+            ray.shutdown()
+
+
+def _start(address: str | None) -> str:
+    """Join a cluster or start a private one; return the address of its dashboard, empty where it has none."""
+    private = address is None
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    said = ""
+    for _ in range(_STARTS if private else 1):
         try:
             context = ray.init(
                 address=address or "local",
@@ -165,14 +182,13 @@ def _cluster(address: str | None) -> Iterator[str]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RequestError(f"--address {address}: no Ray cluster there: {error_line(error)}") from None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
-        try:
-            yield context.dashboard_url or ""
-        finally:
+            return context.dashboard_url or ""
+        except Exception as error:  # of several kinds, a plain one among them
+            said = error_line(error)
             ray.shutdown()
+    if private:
+        raise RequestError(f"Ray did not start on this machine; --inline does without: {said}")
+    raise RequestError(f"--address {address}: no Ray cluster there: {said}")
 
 
 @contextlib.contextmanager

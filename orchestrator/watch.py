@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ from flatmin.trial import Job
 
 class Hung(Exception):
     """A trial has shown no sign of life for a set time."""
+
+
+@dataclass
+class _Life:
+    """When a trial was last seen to get on, by which sign, and when such signs were last looked for."""
+
+    seen: float
+    beat: bytes | None = None
+    looked: float = 0.0
 
 
 class Watch(tune.Callback):  # type: ignore[misc]
@@ -54,9 +64,11 @@ class Watch(tune.Callback):  # type: ignore[misc]
     ) -> None:
         self._results, self._jobs, self._monitor = results, jobs, monitor
         self._failures, self._lease, self._options = failures, lease, options
-        self._alive: dict[Any, tuple[float, bytes | None]] = {}
+        self._alive: dict[Any, _Life] = {}
         self._hung: set[Any] = set()
         self._checkpoints: dict[str, tuple[tuple[str, int], ...]] = {}
+        self.forgiven = 0
+        """How many failures did not count."""
         self.crowded = 0
         """How many trials ran when a machine's memory ran out, which ends Tune's run; 0 where it did not."""
 
@@ -66,11 +78,11 @@ class Watch(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Begin to wait for signs of life."""
-        self._alive[trial] = (time.monotonic(), None)
+        self._alive[trial] = _Life(time.monotonic())
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         """Tell the monitor how far a trial is."""
-        self._alive[trial] = (time.monotonic(), None)
+        self._alive[trial] = _Life(time.monotonic())
         self._monitor.advanced(self._job(trial), int(result["models_ended"]))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -109,6 +121,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
         for job in uncommitted(self._results, running or self._jobs):
             counts = self.crowded < 2 and not self._got_on(job)
             self._failures[job.trial.trial_id] += counts
+            self.forgiven += not counts
             record_failure(self._results, job, error.__cause__ or error, "", counts=counts)
 
     def _failed(self, trial: Any, error: BaseException, *, may_end: bool) -> bool:
@@ -124,6 +137,7 @@ class Watch(tune.Callback):  # type: ignore[misc]
             error, counts = Hung(f"no sign of life for {self._options.hang_timeout:g} s (--hang-timeout)"), True
         error = getattr(error, "cause", None) or error
         self._failures[job.trial.trial_id] += counts
+        self.forgiven += not counts
         final = may_end and self._failures[job.trial.trial_id] > self._options.max_failures
         record_failure(self._results, job, error, trace, counts=counts)
         self._monitor.failed(job, without_secrets(error_line(error)), final=final)
@@ -140,15 +154,18 @@ class Watch(tune.Callback):  # type: ignore[misc]
         return bool(set(stamps).difference(before))
 
     def _end_what_hangs(self) -> None:
-        for trial, (seen, beat) in list(self._alive.items()):
-            if time.monotonic() - seen <= self._options.hang_timeout:
+        now, timeout = time.monotonic(), self._options.hang_timeout
+        for trial, life in self._alive.items():
+            if now - max(life.seen, life.looked) < timeout / 4:
                 continue
-            newest = internal_kv._internal_kv_get(pulse_key(self._job(trial)))
-            self._alive[trial] = (time.monotonic(), newest)
+            beat = internal_kv._internal_kv_get(pulse_key(self._job(trial)))
             actor = trial.temporary_state.ray_actor
-            if newest == beat and actor is not None:
+            if beat != life.beat:
+                life.seen, life.beat = now, beat
+            elif now - life.seen >= timeout and actor is not None:
                 self._hung.add(trial)
                 ray.kill(actor)
+            life.looked = now
 
     def _job(self, trial: Any) -> Job:
         return self._jobs[int(trial.config["job"])]

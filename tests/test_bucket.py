@@ -27,6 +27,8 @@ from flatmin.orchestrator.launch import LaunchOptions, launch, measure
 from flatmin.orchestrator.release import export, import_study
 from flatmin.orchestrator.report import write_report
 from flatmin.results import Results
+from flatmin.trainables.logs import TrialLog
+from flatmin.trial import Job, Trial
 
 STUDY = """\
 study: tiny
@@ -242,6 +244,16 @@ def test_what_cannot_be_reached_is_said_at_once(place: str, server: str, monkeyp
     with pytest.raises(ResultsError, match="the bucket did not answer"):
         Results.create(f"{place}/r", "tiny")
     assert time.monotonic() - started < 60
+
+
+def test_a_trials_log_is_put_there_at_its_end(place: str) -> None:
+    log = TrialLog(Job(Trial("tiny", (), committed_as="abc"), f"{place}/r", "token"))
+    with log:
+        print("said")
+    kept = Results(f"{place}/r").log_file("abc")
+    assert not kept.exists()
+    log.close()
+    assert kept.read_text().endswith(" said\n")
 
 
 def test_tables_of_anybody(place: str, tmp_path: Path) -> None:

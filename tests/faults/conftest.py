@@ -219,12 +219,20 @@ def plugin(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     return study
 
 
+@pytest.fixture(scope="session")
+def kept() -> list[pd.DataFrame]:
+    """Return where `unharmed` keeps what it has made."""
+    return []
+
+
 @pytest.fixture
-def unharmed(plugin: Path, tmp_path_factory: pytest.TempPathFactory) -> list[pd.DataFrame]:
-    """Return the rows of the plug-in's study when it does not go wrong."""
-    path = tmp_path_factory.mktemp("unharmed") / "r"
-    launch(str(plugin), path, options=LaunchOptions(inline=True))
-    return rows(path)
+def unharmed(plugin: Path, kept: list[pd.DataFrame], tmp_path_factory: pytest.TempPathFactory) -> list[pd.DataFrame]:
+    """Return the rows of the plug-in's study when it does not go wrong; made once, by whoever needs it first."""
+    if not kept:
+        path = tmp_path_factory.mktemp("unharmed") / "r"
+        launch(str(plugin), path, options=LaunchOptions(inline=True))
+        kept.extend(rows(path))
+    return kept
 
 
 KEYS = (["model_id"], ["model_id", "epoch"], ["model_id", "epoch", "label"])

@@ -74,7 +74,7 @@ def test_a_machine_whose_memory_runs_out_gets_fewer_trials(
 ) -> None:
     """Ray's memory monitor kills a worker, which ends Tune's whole run."""
     used = psutil.virtual_memory()
-    threshold = 1 - (used.available - 3e9) / used.total
+    threshold = 1 - 0.6 * used.available / used.total  # beside what else this machine does
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{threshold:.3f}")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     monkeypatch.setenv("FLATMIN_FAULT", "swell")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from tests.faults.conftest import Judge, rows
 
 from flatmin.orchestrator.inspect import status
 from flatmin.orchestrator.launch import LaunchOptions, launch
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.results import Results
+from flatmin.trainables import measures, parts
+from flatmin.trainables.trainer import StackTrainer
 
 ROUNDING = 1e-9
 """What another partition into stacks may change in float64."""
@@ -66,11 +71,28 @@ def test_a_model_that_fails_costs_no_other(
 def test_a_fault_of_every_model_is_not_sought_in_each(
     plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flatmin.trainables import parts
-
     monkeypatch.setattr(parts, "MOST_ALONE", 2)
     monkeypatch.setattr("flatmin.trainables.job.network_builder", lambda *_: 1 / 0)
     assert go(plugin, tmp_path / "r", max_failures=0) == 1
     failures = Results.open(tmp_path / "r").failures()
     assert sorted(failures["model_id"]) == sorted(Results.open(tmp_path / "r").plan()["model_id"])
     assert set(failures["error"]) == {"ZeroDivisionError: division by zero"}
+
+
+def test_models_whose_measures_do_not_fit_are_not_trained_again(
+    plugin: Path, unharmed: list[pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: Judge
+) -> None:
+    """They are committed, and measured from their weights in halves, within the same attempt."""
+    measure = measures._measure
+
+    def crowded(trainer: StackTrainer, positions: Sequence[int], *rest: Any) -> Any:
+        if len(positions) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return measure(trainer, positions, *rest)
+
+    monkeypatch.setattr(measures, "_measure", crowded)
+    assert go(plugin, tmp_path / "r", max_failures=0) == 0
+    judge("device out of memory while measuring", 2, tmp_path / "r", unharmed, tolerance=ROUNDING)
+    results = Results.open(tmp_path / "r")
+    assert results.failures().empty
+    assert {json.loads(text)["stack_size"] for text in results.models()["execution"]} == {4}
