@@ -6,7 +6,6 @@ torch was loaded. Measures are not probed; they fit themselves into what is free
 
 from __future__ import annotations
 
-import resource
 from itertools import islice
 from pathlib import Path
 
@@ -36,12 +35,18 @@ def footprint(trial: Trial, execution: Execution) -> tuple[int, int | None]:
         FlatminError: The data are not here, or what is asked for cannot be done.
     """
     cuda = execution.device == "cuda"
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() if not cuda else 0
+    before = 0 if cuda else _of_process("VmRSS")
     trainer = trainer_of(Job(trial, results="", token="", execution=execution), Ranks(), download=False)
     for _ in islice(trainer.train(), _STEPS):
         pass
     evaluate(trainer.network, *standing(trainer), trainer.data.train, trainer.objective)
     if not cuda:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, None
+        return _of_process("VmHWM") - before, None
     total = torch.cuda.get_device_properties(trainer.device).total_memory
     return torch.cuda.max_memory_reserved(trainer.device) + CONTEXT_BYTES, int(total)
+
+
+def _of_process(name: str) -> int:
+    """Return the bytes of a line of this process's status; `resource` has the greatest of the parent as well."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024

@@ -89,7 +89,13 @@ def test_a_page_that_nobody_writes_any_more_does_not_load_itself(results: Result
 def test_ctrl_c_is_clean(results: Results, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     line = [sys.executable, "-m", "flatmin.orchestrator", "report", "--results", str(results.path), "-o", str(path)]
-    with subprocess.Popen([*line, "--live"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with subprocess.Popen(
+        [*line, "--live"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    ) as running:
         assert running.stderr is not None
         assert running.stderr.readline() == "0 of 3 models\n"
         time.sleep(0.1)

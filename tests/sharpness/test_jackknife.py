@@ -197,8 +197,8 @@ SLOW = ("lpf_gap",)
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TRUTHS]
 )
 def test_the_interval_of_a_subset_holds_the_value_of_all_examples(name: str) -> None:
-    """95 % intervals of 100 subsets of 320 of 1600 examples, in float64."""
-    engine, (own, exactly) = copies(1600, 100), TRUTHS[name]
+    """95 % intervals of 200 subsets of 320 of 1600 examples, in float64."""
+    engine, (own, exactly) = copies(1600, 200), TRUTHS[name]
     (truth,) = measure_stack(engine.select(torch.tensor([0])), [f"{name}({exactly})"])[0]
     (rows,) = measure_stack(engine, [f"{name}({', '.join(filter(None, [own, 'subset=320']))})"])
     values, errors = (torch.tensor([row[column] for row in rows]) for column in ("value", "stderr"))

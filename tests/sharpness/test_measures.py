@@ -107,7 +107,7 @@ def test_the_trace_deflates_what_is_large(repeated: Callable[[int], Any]) -> Non
     a = scaled_hessian(problem, engine, "filter", 0)
     products = engine.n_params - 1
     plain = (2 * (a.square().sum() - a.diagonal().square().sum()) / products).sqrt().item()
-    assert hessian_trace(engine, tolerance=1e-9, max_samples=products).value.std().item() < 0.6 * plain
+    assert hessian_trace(engine, tolerance=1e-9, max_samples=products).value.std().item() < 0.75 * plain
 
 
 def test_lpf_is_half_the_trace_at_a_small_sigma(repeated: Callable[[int], Any], coverage: Any) -> None:
