@@ -84,25 +84,21 @@ class Forward:
 
     def gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
         """Return each model's share of the loss of its batch `[K]`, its gradient `[K, d]`, and new buffers."""
-        if self._graphs is None and self._written_out(part.batch):
-            return self._along_chain(params, buffers, part)[0]
-        tensors, fixed = (params, buffers, _tensors(part)), _fixed(part)
         if self._graphs is None:
-            return self._gradient(*tensors, *fixed)
+            return self._gradient(params, buffers, part)
+        tensors, fixed = (params, buffers, _tensors(part)), _fixed(part)
         key = (fixed, *(tuple(tensor.shape) for tensor in _leaves(tensors)))
         if key not in self._graphs:
             if len(self._graphs) == _KEPT_GRAPHS:  # models have ended: most of these come no more
                 self._graphs.clear()
-            self._graphs[key] = _Captured(lambda at, own, given: self._gradient(at, own, given, *fixed), tensors)
+            self._graphs[key] = _Captured(lambda at, own, given: self._gradient(at, own, _part(given, *fixed)), tensors)
         return self._graphs[key](tensors)
 
-    def _gradient(self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool) -> Gradient:
-        x, y, keys, total, smoothing = given
-        if self._written_out(Batch(x, y, shared)):
-            part = Part(Batch(x, y, shared), Streams.of_keys(keys, first), total, smoothing)
+    def _gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
+        if self._written_out(part.batch):
             return self._along_chain(params, buffers, part)[0]
         leaf = params.detach().requires_grad_()
-        losses, moved = self._run(leaf, buffers, given, first, shared)
+        losses, moved = self._run(leaf, buffers, _tensors(part), *_fixed(part))
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
         return losses.detach(), grad, {name: buffer.detach() for name, buffer in moved.items()}
 
@@ -128,12 +124,11 @@ class Forward:
         self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool
     ) -> tuple[Tensor, Buffers]:
         """Return losses and new buffers; a function of tensors that changes none of them, as compilers want it."""
-        x, y, keys, total, smoothing = given
+        part = _part(given, first, shared)
         moved = {name: buffer.clone() for name, buffer in buffers.items()}
-        streams = Streams.of_keys(keys, first)
         with self._autocast(), self.ranks.batch_norm():
-            outputs = self.network.logits(params, moved, Batch(x, y, shared), train=True, streams=streams)
-            losses = self.objective.losses(outputs, y, smoothing).sum(dim=1) / total
+            outputs = self.network.logits(params, moved, part.batch, train=True, streams=part.streams)
+            losses = self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
         return losses, moved
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -192,6 +187,12 @@ def _tensors(part: Part) -> Tensors:
 def _fixed(part: Part) -> tuple[int, bool]:
     """Return what of a part is the same in all its passes, and part of what is compiled or captured."""
     return part.streams.first, part.batch.shared
+
+
+def _part(given: Tensors, first: int, shared: bool) -> Part:
+    """Return the part that these are the tensors of, and what is fixed."""
+    x, y, keys, total, smoothing = given
+    return Part(Batch(x, y, shared), Streams.of_keys(keys, first), total, smoothing)
 
 
 def _leaves(tree: Any) -> list[Tensor]:

@@ -33,6 +33,7 @@ echo "ray $*" >> {calls}
 if [[ $1 == start ]]; then {start}; exec /bin/sleep 60; fi
 """
 FAKE_SWEEP = """\
+until (($(grep -c ^srun {calls}) == {count})); do /bin/sleep 0.05; done  # steps start in the background
 echo "flatmin-sweep $*" >> {calls}
 exit {code}
 """
@@ -54,7 +55,7 @@ class Slurm:
         """Give the machine a command."""
         folder = self.place / "home" / "flatmin-venv" / "bin"
         folder.mkdir(parents=True, exist_ok=True)
-        filled = text.format(calls=self.place / "calls", nodes=" ".join(self.nodes), **names)
+        filled = text.format(calls=self.place / "calls", nodes=" ".join(self.nodes), count=len(self.nodes), **names)
         (folder / name).write_text(f"#!/bin/bash\n{filled}")
         (folder / name).chmod(0o755)
 

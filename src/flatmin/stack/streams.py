@@ -116,13 +116,9 @@ def _bits_between(key: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = _half_mixed(z)
-    return _shift(z, 31).bitwise_xor_(z)
-
-
-def _half_mixed(z: Tensor) -> Tensor:
     z = _shift(z, 30).bitwise_xor_(z).mul_(_MIX1)
-    return _shift(z, 27).bitwise_xor_(z).mul_(_MIX2)
+    z = _shift(z, 27).bitwise_xor_(z).mul_(_MIX2)
+    return _shift(z, 31).bitwise_xor_(z)
 
 
 def _shift(z: Tensor, places: int) -> Tensor:
