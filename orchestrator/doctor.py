@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from flatmin.errors import DataError, MissingData
+from flatmin.files import data_root
 from flatmin.plugins import Plugin, listing
 from flatmin.settings import REQUIRED
 
@@ -109,8 +110,6 @@ def _data(plugin: Plugin) -> Check:
 
 
 def _data_folder() -> str:
-    from flatmin.trainables.job import data_root
-
     root = data_root()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=root):

@@ -17,6 +17,7 @@ from typing import Any
 
 from flatmin.errors import RequestError, RequestWarning
 from flatmin.orchestrator.grid import NAMES
+from flatmin.orchestrator.kept_costs import KeptCosts
 from flatmin.orchestrator.rates import makespan, predicted_rates, trial_seconds
 from flatmin.orchestrator.study_file import Resources
 from flatmin.plugins import program_arguments
@@ -129,12 +130,25 @@ def _of_models(names: tuple[tuple[str, str], ...]) -> frozenset[str]:
 def program_costs(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return `flatmin.trainables.cost.cost` of every program.
 
-    A process that has not loaded torch has it computed by one of its own, and stays small.
+    A process that has not loaded torch takes what is kept, has the rest computed by one of its own, and stays small.
     """
     if "torch" in sys.modules:
         from flatmin.trainables.cost import cost
 
         return [cost(program) for program in programs]
+    kept = KeptCosts()
+    found = [kept.read(program) for program in programs]
+    new = [program for program, cost in zip(programs, found, strict=True) if cost is None]
+    counted: list[dict[str, Any]] = []
+    if new:
+        counted = _counted_apart(new)
+        kept.write(new, counted)
+    rest = iter(counted)
+    return [next(rest) if cost is None else cost for cost in found]
+
+
+def _counted_apart(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the costs of programs, computed by another process."""
     finished = subprocess.run(
         [sys.executable, "-m", "flatmin.trainables.cost"],
         input=json.dumps([dict(program) for program in programs]),

@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from flatmin.errors import RequestError, ResultsError
 from flatmin.files import write_atomically
 from flatmin.labels import parse_label
 from flatmin.lease import Lease
-from flatmin.orchestrator.estimate import estimate
+from flatmin.orchestrator.estimate import Estimate, estimate
 from flatmin.orchestrator.grid import MOST_MODELS, NAMES
 from flatmin.orchestrator.heal import heal, lost_weights
 from flatmin.orchestrator.inline import run_inline
@@ -343,20 +344,24 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
     if not trials:
         return False
     left = sum(len(trial.models) for trial in todo.train)
-    cost = estimate(trials)
-    check_space(results, cost.bytes)
-    execution, apart_after = options.execution, min(1, options.run.max_failures)
-    order = longest_first(cost.seconds)
-    jobs = [Job(trials[i], str(results.path), lease.token, execution, apart_after) for i in order]
+    execution = options.execution
+    if options.inline:
+        execution = replace(execution, device=_inline_device(options.run))
+        execution.check_device()
+
+    def jobs(cost: Estimate) -> list[Job]:
+        check_space(results, cost.bytes)
+        apart_after, order = min(1, options.run.max_failures), longest_first(cost.seconds)
+        return [Job(trials[i], str(results.path), lease.token, execution, apart_after) for i in order]
+
     with Display(console, planned, planned - left) as display:
         if options.inline:
-            execution = replace(options.execution, device=_inline_device(options.run))
-            execution.check_device()
-            jobs = [replace(job, execution=execution) for job in jobs]
-            return run_inline(results, jobs, options.run, display)
+            return run_inline(results, jobs(estimate(trials)), options.run, display)
         from flatmin.orchestrator.tune import run_on_ray  # ray is loaded when it is used
 
-        return run_on_ray(results, jobs, options.run, display, lease)
+        with ThreadPoolExecutor(1) as beside:  # what trials cost is counted by another process while Ray starts
+            cost = beside.submit(estimate, trials)
+            return run_on_ray(results, lambda: jobs(cost.result()), options.run, display, lease)
 
 
 def _inline_device(run: RunOptions) -> str:

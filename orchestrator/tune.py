@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,8 +50,17 @@ it was given, finished or not, in the driver; the next share is given when the l
 a share costs half a trial on average, of 50."""
 
 
-def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monitor: Monitor, lease: Lease) -> bool:
+def run_on_ray(
+    results: Results, planned: Callable[[], Sequence[Job]], options: RunOptions, monitor: Monitor, lease: Lease
+) -> bool:
     """Run jobs as Ray Tune trials; return whether the time budget was spent.
+
+    Args:
+        results: The results directory.
+        planned: Returns the jobs, in order; called once Ray is there.
+        options: How they are run.
+        monitor: What is told of them.
+        lease: The right to write.
 
     Raises:
         RequestError: The cluster cannot be reached, or this machine has not what one trial asks for.
@@ -59,6 +68,7 @@ def run_on_ray(results: Results, jobs: Sequence[Job], options: RunOptions, monit
     """
     deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
     with _cluster(options.address) as dashboard, _quiet(results):
+        jobs = planned()
         available = ray.cluster_resources()
         resources = trial_resources(options, available)
         lack = shortage(resources, available)

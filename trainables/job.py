@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.files import patiently
+from flatmin.files import data_root, patiently
 from flatmin.lease import check
 from flatmin.plugins import get, program_arguments
 from flatmin.results import Results, now
@@ -153,11 +153,6 @@ def _loaded(settings: tuple[tuple[str, Any], ...], root: Path) -> Dataset:
     (_, name), *arguments = settings
     dataset: Dataset = get("dataset", name).load()(root, **dict(arguments))
     return dataset
-
-
-def data_root() -> Path:
-    """Return where data sets lie: `FLATMIN_DATA`, or a folder of the user's cache."""
-    return Path(os.environ.get("FLATMIN_DATA") or Path.home() / ".cache" / "flatmin").expanduser()
 
 
 def _train(job: Job, results: Results, trainer: StackTrainer, how: Mapping[str, Any]) -> Generator[int, None, bool]:

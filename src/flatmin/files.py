@@ -1,4 +1,4 @@
-"""Files of results: where a path or a URI leads, and writing that is whole or not at all."""
+"""Files: where data sets lie, where a path or a URI of results leads, and writing that is whole or not at all."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def place(path: str | Place) -> Place:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ResultsError(f"'{path}': {error}") from None
+
+
+def data_root() -> Path:
+    """Return where data sets lie: `FLATMIN_DATA`, or a folder of the user's cache."""
+    return Path(os.environ.get("FLATMIN_DATA") or Path.home() / ".cache" / "flatmin").expanduser()
 
 
 def plain_name(name: str) -> str:

@@ -1,0 +1,80 @@
+"""Costs that are kept: the same as counted ones, for as long as nothing they depend on has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatmin.orchestrator import estimate
+from flatmin.orchestrator.kept_costs import KeptCosts
+from flatmin.orchestrator.plan import make_plan
+from flatmin.orchestrator.study import read_study
+from flatmin.plugins import Plugin
+
+COST = {"n_params": 3, "flops": 5}
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "data"
+    monkeypatch.setenv("FLATMIN_DATA", str(folder))
+    return folder
+
+
+def programs() -> list[dict[str, Any]]:
+    return [dict(trial.program) for trial in make_plan(read_study("digits-double-descent")).trials][:2]
+
+
+def test_what_was_counted_is_read_again_and_the_rest_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        asked.append(len(given))
+        return [{**COST, "of": program["width"]} for program in given]
+
+    monkeypatch.setattr(estimate, "_counted_apart", counted)
+    monkeypatch.setattr(estimate, "sys", type("Sys", (), {"modules": {}}))
+    two = programs()
+    first = estimate.program_costs(two[1:])
+    assert estimate.program_costs(two) == [{**COST, "of": two[0]["width"]}, *first]
+    assert estimate.program_costs(two) == [{**COST, "of": two[0]["width"]}, *first]
+    assert asked == [1, 1]
+
+
+def test_a_data_set_that_has_come_is_looked_at(root: Path) -> None:
+    program = programs()[0]
+    KeptCosts().write([program], [COST])
+    assert KeptCosts().read(program) == COST
+    (root / "mnist").mkdir()
+    assert KeptCosts().read(program) is None
+    KeptCosts().write([program], [COST])
+    os.utime(root / "mnist", ns=(1, 1))
+    assert KeptCosts().read(program) is None
+    KeptCosts().write([program], [COST])
+    assert len(list((root / "costs").iterdir())) == 1, "those of states that are past are removed"
+
+
+def test_reasons_foreign_plugins_and_damage_are_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = programs()
+    kept = KeptCosts()
+    kept.write([one, other], [{"error": "no file"}, COST])
+    assert kept.read(one) is None
+    (file,) = (root / "costs").iterdir()
+    file.write_text(json.dumps(COST)[:-3])
+    assert kept.read(other) is None
+    plugin = Plugin("network", "mlp", "somebodys.mlp", "mlp", "Module", {}, "")
+    monkeypatch.setattr("flatmin.orchestrator.kept_costs.get", lambda kind, name: plugin)
+    kept.write([one], [COST])
+    assert kept.read(one) is None
+
+
+def test_a_disk_that_cannot_be_written_costs_time_alone(root: Path) -> None:
+    root.parent.joinpath("data").write_text("a file where the folder should be")
+    program = programs()[0]
+    KeptCosts().write([program], [COST])
+    assert KeptCosts().read(program) is None
