@@ -9,7 +9,7 @@ QUICKSTART := results/digits-double-descent
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install quickstart twins test test-slow test-browser test-gpu test-cluster faults check bench clean
+.PHONY: help install quickstart twins test test-slow test-browser test-gpu test-cluster faults check bench figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,9 @@ check: install ## ruff, mypy, then the tests
 
 bench: install ## run every benchmark
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+figures: install ## write docs/figures.md from what benchmarks have found
+	$(BIN)/python benchmarks/_figures.py
 
 clean: ## remove .venv, builds and caches; results stay
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache
