@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import environ
 from typing import Any
 
@@ -45,6 +45,13 @@ class Part:
     streams: Streams
     total: Tensor
     smoothing: Tensor | None = None
+
+    def of_models(self, rows: slice) -> Part:
+        """Return the same of some of the models."""
+        batch, smoothing = self.batch, None if self.smoothing is None else self.smoothing[rows]
+        x = batch.x if batch.shared else batch.x[rows]
+        streams = Streams.of_keys(self.streams.keys[rows], self.streams.first)
+        return Part(replace(batch, x=x, y=batch.y[rows]), streams, self.total[rows], smoothing)
 
 
 class Forward:
@@ -97,10 +104,23 @@ class Forward:
     def _gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
         if self._written_out(part.batch):
             return self._along_chain(params, buffers, part)[0]
+        if len(params) > 1 and self.network.loops(params.device) and not self._compiled:
+            return self._one_by_one(params, buffers, part)
         leaf = params.detach().requires_grad_()
         losses, moved = self._run(leaf, buffers, _tensors(part), *_fixed(part))
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
         return losses.detach(), grad, {name: buffer.detach() for name, buffer in moved.items()}
+
+    def _one_by_one(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
+        """Go there and back with one model after another, so that what a way back needs is there for one at a time."""
+        grad, losses, moved = torch.empty_like(params), [], []
+        for k in range(len(params)):
+            row = slice(k, k + 1)
+            own = {name: buffer[row] for name, buffer in buffers.items()}
+            loss, grad[row], after = self._gradient(params[row], own, part.of_models(row))
+            losses.append(loss)
+            moved.append(after)
+        return torch.cat(losses), grad, {name: torch.cat([own[name] for own in moved]) for name in buffers}
 
     def _written_out(self, batch: Batch) -> bool:
         """Return whether derivatives are written out rather than recorded."""

@@ -195,10 +195,10 @@ class StackedNetwork:
         self, forward: _OneModel, tensors: dict[str, Tensor], keys: Tensor, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         before = None if torch.compiler.is_compiling() else torch.get_rng_state()
+        # taken apart at once: each `tensor[k]` would be a gradient of zeros for all K on the way back
+        rows = {name: tensor.unbind() for name, tensor in tensors.items()}
         found = [
-            forward(
-                {name: tensor[k] for name, tensor in tensors.items()}, keys[k], batch.x if batch.shared else batch.x[k]
-            )
+            forward({name: own[k] for name, own in rows.items()}, keys[k], batch.x if batch.shared else batch.x[k])
             for k in range(len(keys))
         ]
         if before is not None and not torch.equal(torch.get_rng_state(), before):
