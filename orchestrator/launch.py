@@ -242,7 +242,7 @@ def measure(
 
 
 def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model from its row of the `models` table, in which settings of several values are lists."""
+    """Return the settings of a model from its row of the `models` table, which has lists where these are tuples."""
     arguments = program_arguments({name: row[name] for name in NAMES})
     names = [name for name in row if name in arguments or name in NAMES]
     return {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
