@@ -26,6 +26,9 @@ LOSS = 0.2
 ALL = "all models"
 """The one line of a study that has no column `optimizer`."""
 
+UNKNOWN = "no optimizer given"
+"""The line of models whose `optimizer` is null."""
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -80,7 +83,9 @@ def read(spectra: pd.DataFrame, models: pd.DataFrame) -> list[Curves]:
 
 def _lines_of(models: pd.DataFrame) -> pd.Series[str]:
     """The line that each model belongs to."""
-    return models["optimizer"].astype(str) if "optimizer" in models.columns else pd.Series(ALL, index=models.index)
+    if "optimizer" not in models.columns:
+        return pd.Series(ALL, index=models.index)
+    return models["optimizer"].astype(object).fillna(UNKNOWN).astype(str)
 
 
 def _labelled(table: pd.DataFrame, codes: np.ndarray, texts: pd.Index) -> Iterator[Curves]:

@@ -285,11 +285,10 @@ def _regression(line: str, some: list[Panel], resamples: int, seed: int) -> Regr
         return None
     fitted = _fit(x, y)
     table = pd.DataFrame({"k": some[0].ks, "coefficient": fitted.coefficients})
-    if min(sizes) < 2:
+    drawn = [] if min(sizes) < 2 else _refits(some, sizes, resamples, seed)
+    if 2 * len(drawn) < max(1, resamples):
         table = table.assign(low=math.nan, high=math.nan, same_sign=math.nan)
-        return Regression(line, 1, len(y), table, fitted.r2, None, None, None)
-    draws = [bootstrap.draw(size, resamples, seed + place).counts for place, size in enumerate(sizes)]
-    drawn = [_fit(*_points(some, list(counts))) for counts in zip(*draws, strict=True)]
+        return Regression(line, min(sizes), len(y), table, fitted.r2, None, None, None)
     repeated = np.array([one.coefficients for one in drawn])
     ends = [
         frequency.interval(float(own), others, min(sizes))
@@ -300,6 +299,13 @@ def _regression(line: str, some: list[Panel], resamples: int, seed: int) -> Regr
     low, high = np.nanquantile([one.r2 for one in drawn], [0.025, 0.975])
     unseen = _unseen(some, sizes)
     return Regression(line, min(sizes), len(y), table, fitted.r2, float(low), float(high), unseen)
+
+
+def _refits(some: list[Panel], sizes: list[int], resamples: int, seed: int) -> list[_Fitted]:
+    """Fit resamples of models; fewer where models stopped early, and those that are drawn have too few late epochs."""
+    draws = [bootstrap.draw(size, resamples, seed + place).counts for place, size in enumerate(sizes)]
+    points = [_points(some, list(counts)) for counts in zip(*draws, strict=True)]
+    return [_fit(*own) for own in points if len(own[1]) >= FEWEST_EPOCHS]
 
 
 def _points(some: list[Panel], counts: list[Floats]) -> tuple[Floats, Floats]:
@@ -347,6 +353,8 @@ def _unseen(some: list[Panel], sizes: list[int]) -> float | None:
     for place in range(min(sizes)):
         rest = [np.where(np.arange(size) == place, 0.0, 1.0) for size in sizes]
         alone = [1 - own for own in rest]
-        found.append(_fit(*_points(some, rest)).r2_of(*_points(some, alone)))
+        fitted, other = _points(some, rest), _points(some, alone)
+        if min(len(fitted[1]), len(other[1])) >= FEWEST_EPOCHS:
+            found.append(_fit(*fitted).r2_of(*other))
     known = [value for value in found if math.isfinite(value)]
     return float(np.mean(known)) if known else None

@@ -74,7 +74,8 @@ def _coefficients(curves: Curves, models: pd.DataFrame) -> Variant | str:
         return "no coefficient of a frequency that the truth has was recorded."
     data = frequency_coefficients.data(curves.ratio)
     caption = (
-        f"{counted(models)} Learned over true amplitude of every frequency k, in cycles over the range of the inputs. "
+        f"{counted(models)} Learned over true amplitude of every frequency k"
+        f"{'' if curves.published else ', in cycles over the range of the inputs'}. "
         f"Lines: mean {_over(models)}; bands: one sample deviation. Dotted: 1, where a frequency is learnt."
         f"{_thinned(curves.ratio, frequency_coefficients.MOST_EPOCHS)}"
         f"{_some(curves.ratio, frequency_coefficients.MOST_FREQUENCIES)}{_axis(curves)}"
@@ -113,12 +114,13 @@ def _errors(curves: Curves, models: pd.DataFrame) -> Variant | str:
     if curves.error["value"].notna().sum() == 0:
         return "no error of a frequency that the truth has was recorded."
     data = frequency_errors.data(curves.error)
+    low = "above" if curves.published else "below"
     caption = (
         f"{counted(models)} ΔF = |F − T| / |T|, the error of the coefficient of frequency k against the truth's: mean "
-        f"{_over(models)}. 0 is learnt, 1 as far off as predicting nothing. Low frequencies are below."
+        f"{_over(models)}. 0 is learnt, 1 as far off as predicting nothing. Low frequencies are {low}."
         f"{_thinned(curves.error, frequency_errors.MOST_EPOCHS)}"
         f"{_some(curves.error, frequency_errors.MOST_FREQUENCIES)}{_axis(curves)}"
-        " Look for whether the rows turn dark from below."
+        f" Look for whether the rows turn dark from {low}."
     )
     return _variant(caption, data, frequency_errors.draw)
 
@@ -177,10 +179,11 @@ def _regression(curves: Curves, epochs: pd.DataFrame) -> Variant | str:
     fits = frequency_accuracy.regressions(found)
     if not fits:
         return f"there are fewer than {frequency_accuracy.FEWEST_EPOCHS} epochs to fit, or the accuracy is constant."
-    data = frequency_regression.data(fits)
+    data, theirs = frequency_regression.data(fits), curves.published
+    which, of, axis = ("first", "indices", " of the published axis") if theirs else ("lowest", "frequencies", "")
     caption = (
         f"{_whose(epochs)} by a Lasso (penalty {frequency_accuracy.PENALTY:g}, both sides standardised) of ΔF of the "
-        f"lowest {data['k'].nunique()} frequencies, at the last 70 % of the epochs, mean over models. Bars: 95 % by "
+        f"{which} {data['k'].nunique()} {of}, at the last 70 % of the epochs, mean over models. Bars: 95 % by "
         "resampling models; dark where at least 95 % of the refits have the same sign. R² of the points fitted, and of "
         "a model left out of the fit: where that is far lower, the fit is of chance."
         f"{_axis(curves)}"
@@ -188,9 +191,9 @@ def _regression(curves: Curves, epochs: pd.DataFrame) -> Variant | str:
     first = fits[0]
     unseen = "" if first.r2_unseen is None else f", {first.r2_unseen:.2f} on a model left out"
     sure = data[(data["line"] == first.line) & (data["same_sign"] >= 0.95) & (data["coefficient"] != 0)]
-    which = ", ".join(f"{k:g}" for k in sure["k"]) or "none"
+    held = ", ".join(f"{k:g}" for k in sure["k"]) or "none"
     finding = (
-        f"Errors of the lowest frequencies explain {_whose(epochs).split(' (')[0].lower()} ({first.line}) with R² "
-        f"{first.r2:.2f}{unseen}; frequencies whose sign holds in 95 % of refits: {which}."
+        f"Errors of the {which} {of}{axis} explain {_whose(epochs).split(' (')[0].lower()} ({first.line}) with R² "
+        f"{first.r2:.2f}{unseen}; {of} whose sign holds in 95 % of refits: {held}."
     )
     return _variant(caption, data, frequency_regression.draw, finding)

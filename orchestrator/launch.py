@@ -232,8 +232,7 @@ def measure(
                 raise ResultsError(f"'{results}' holds no trained model to measure")
             trials: dict[str, list[Model]] = {}
             for row in rows:
-                settings = {name: row[name] for name in setting_names(row)}
-                trials.setdefault(row["trial_id"], []).append(Model(row["model_id"], settings))
+                trials.setdefault(row["trial_id"], []).append(Model(row["model_id"], settings_of(row)))
             check_sets(labels, [model for models in trials.values() for model in models])
             plan = Plan(
                 rows[0]["study"],
@@ -242,10 +241,11 @@ def measure(
             return _carry_out(directory, plan, options, console, lease)
 
 
-def setting_names(row: Mapping[str, Any]) -> list[str]:
-    """Return which columns of a row of the `models` table are settings of that model."""
+def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model from its row of the `models` table, which has lists where these are tuples."""
     arguments = program_arguments({name: row[name] for name in NAMES})
-    return [name for name in row if name in arguments or name in NAMES]
+    names = [name for name in row if name in arguments or name in NAMES]
+    return {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
 
 
 def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease) -> Launched:

@@ -32,7 +32,7 @@ _PASSES: Mapping[str, float] = {
     **dict.fromkeys(("lpf_gap", "lpf_relative", "average_sharpness"), 200.0),
     "eps_sharpness": 16.0,
     "pac_bayes": 100.0,
-    **dict.fromkeys(("shannon_entropy", "margin"), 1.0),
+    **dict.fromkeys(("shannon_entropy", "margin", "fourier"), 1.0),
     "fisher_rao": 3.0,
     "gradient_norm": 2.0,
     **dict.fromkeys(("l2_norm", "distance_from_initialisation", "path_norm", "spectral_norms", "random"), 0.0),

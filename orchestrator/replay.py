@@ -23,7 +23,7 @@ from flatmin.errors import RequestError
 from flatmin.lease import Lease
 from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.inspect import opened
-from flatmin.orchestrator.launch import setting_names
+from flatmin.orchestrator.launch import settings_of
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.results import Results
@@ -104,7 +104,7 @@ def replay(results: Results | str | Place, model_id: str, console: Console | Non
         for found in results.table("sharpness").to_pylist()
         if (found["model_id"], found["epoch"]) == (row["model_id"], row["epochs_run"])
     ]
-    model = Model(row["model_id"], {name: row[name] for name in setting_names(row)})
+    model = Model(row["model_id"], settings_of(row))
     trial = Trial(row["study"], (model,), tuple(found["label"] for found in ended))
     with tempfile.TemporaryDirectory(prefix="flatmin-") as folder:
         scratch = Results.create(Path(folder), row["study"])

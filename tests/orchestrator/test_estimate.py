@@ -128,6 +128,7 @@ def test_every_measure_has_a_cost() -> None:
     assert all(0 <= value < math.inf for value in passes.values())
     assert passes["random"] == 0
     assert passes["gradient_norm"] == 2
+    assert passes["fourier"] == 1
     assert passes["lambda_max"] > passes["lpf"] > passes["gradient_norm"]
     assert measure_passes("hessian_trace", 5, 1000) == 20
     assert measure_passes("hessian_trace(max_samples=8)", 10_000, 1000) == 32

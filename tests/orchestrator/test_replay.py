@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import flatmin
 from flatmin.errors import RequestError
 from flatmin.orchestrator.cli import app
-from flatmin.orchestrator.launch import LaunchOptions, launch
+from flatmin.orchestrator.launch import LaunchOptions, launch, measure
 from flatmin.orchestrator.replay import replay
 from flatmin.plugins import program_arguments
 from flatmin.results import Results
@@ -54,6 +54,16 @@ def test_a_member_of_a_stack_comes_out_nearly_so(tmp_path: Path) -> None:
     table = CliRunner().invoke(app, ["replay", model_id, "--results", str(results.path)]).stdout
     assert "train_loss" in table
     assert "trained in a stack of 4, replayed alone" in table
+
+
+def test_settings_of_several_values_are_read_back(tmp_path: Path) -> None:
+    settings = "{dataset: sinusoids, network: mlp, width: 4, optimizer: sgd, lr: 0.01, batch_size: 200, epochs: 2}"
+    study, options = tmp_path / "waves.yaml", LaunchOptions(inline=True)
+    study.write_text(f"study: waves\nsettings: {settings}\nmeasures: [fourier]\n")
+    results = launch(str(study), tmp_path / "r", options=options).results
+    assert replay(results, results.models()["model_id"][0]).identical
+    measure(results.path, ["fourier(frequencies=5)"], options)
+    assert set(results.sharpness()["label"]) == {"fourier", "fourier(frequencies=5)"}
 
 
 def test_a_row_that_was_changed_is_seen(tmp_path: Path) -> None:

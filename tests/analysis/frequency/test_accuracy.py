@@ -162,6 +162,27 @@ def test_a_planted_frequency_is_found_and_is_stable() -> None:
     assert pooled.epochs == each[0].epochs + each[1].epochs
 
 
+@pytest.mark.parametrize("ended", [1, 2, 4])
+def test_models_that_stopped_early_are_resampled_with_the_others(ended: int) -> None:
+    panel = planted(np.random.default_rng(5))
+    panel.accuracy[:ended, 10:] = math.nan
+    panel.errors[:ended, 10:] = math.nan
+    (one,) = frequency_accuracy.regressions({"sgd": panel}, resamples=40)
+    assert one.coefficients["coefficient"].abs().idxmax() == 3
+    assert (one.coefficients["low"] <= one.coefficients["high"]).all()
+    assert one.r2_low is not None
+    assert (one.r2_unseen is None) == (ended == 4)
+
+
+def test_a_model_of_one_late_epoch_is_nothing_to_try_a_fit_on() -> None:
+    panel = planted(np.random.default_rng(5), seeds=20)
+    ends = np.arange(20)[:, None] + 19 != np.arange(60)  # every model has one late epoch, another for each
+    panel.accuracy[ends] = math.nan
+    panel.errors[ends] = math.nan
+    (one,) = frequency_accuracy.regressions({"sgd": panel}, resamples=40)
+    assert one.r2_unseen is None
+
+
 def test_chance_is_seen_on_the_model_left_out() -> None:
     rng = np.random.default_rng(3)
     errors, accuracy = rng.random((4, 30, 10)), rng.random((4, 30))

@@ -44,6 +44,12 @@ def test_models_without_an_optimizer_are_one_line(made: Any) -> None:
     assert set(only.ratio["line"]) == {frequency.ALL}
 
 
+def test_models_whose_optimizer_is_null_are_a_line_of_their_own(made: Any) -> None:
+    known = made.models["optimizer"] != "sgd"
+    (curves,) = frequency.read(made.spectra, made.models.assign(optimizer=made.models["optimizer"].where(known, None)))
+    assert set(curves.ratio["line"]) == {"adam", frequency.UNKNOWN}
+
+
 def test_a_table_that_is_no_spectrum_is_refused(made: Any) -> None:
     with pytest.raises(RequestError, match="spectra table: the table has no column 'x'"):
         frequency.read(made.spectra.drop(columns="x"), made.models)

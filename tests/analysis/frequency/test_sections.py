@@ -150,6 +150,9 @@ def test_the_published_axis_has_no_exponent(make: Any) -> None:
         "Epochs to learn a frequency: fourier(published=true)": "the published axis has indices, not frequencies."
     }
     assert "index of the published axis" in figures["frequency-errors-1"].caption
+    assert "Low frequencies are above" in figures["frequency-errors-1"].caption
+    said = [text for figure in figures.values() for text in (figure.caption, *figure.findings)]
+    assert [text for text in said if "lowest" in text or "below." in text or "cycles over" in text] == []
     assert table_of(made) == ""
 
 
