@@ -72,10 +72,14 @@ def _machine(device: str, threads: int | None) -> str:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     # figures change with every table, and are no reason to call what they were found with changed
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/figures", ":!docs/figures.md")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/figures", ":!docs/figures.md"
+    )
     return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
