@@ -41,7 +41,7 @@ def show(
     versions = ", ".join(["Python " + platform.python_version(), *(f"{p} {metadata.version(p)}" for p in packages)])
     machine, commit = _machine(device, threads), _commit()
     Console(width=200).print(table)
-    Console().print(". ".join(filter(None, [f"{machine}; {versions}; commit {commit}", about])), highlight=False)
+    print(". ".join(filter(None, [f"{machine}; {versions}; commit {commit}", about])))
     title = str(table.title or "")
     found = pd.DataFrame(list(_cells(table)), columns=["row", "column", "text"]).assign(
         benchmark=benchmark,

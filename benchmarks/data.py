@@ -91,7 +91,8 @@ def ours(dataset: Dataset, seeds: list[int]) -> Callable[[], Iterable[Tensor]]:
 
     def batches() -> Iterable[Tensor]:
         orders = torch.stack([permutation(stream_key("order", seed, 0), len(split)) for seed in seeds])
-        for order, step in split.steps(0, torch.split(orders, BATCH, dim=1)):
+        parts = torch.split(orders, BATCH, dim=1)
+        for order, step in zip(parts, split.steps(0, parts), strict=True):
             yield step.gather(order).x
 
     return batches
