@@ -95,7 +95,7 @@ def page() -> str:
             first = cells.iloc[0]
             parts += [f"**{title}**"] if title else []
             parts.append(_as_markdown(cells))
-            parts.append(f"{first['machine']}; {first['versions']}; commit {first['commit']}, {first['taken_at']} UTC.")
+            parts.append(f"{first['machine']}; commit {first['commit']}, {first['taken_at']} UTC; {first['versions']}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -79,8 +79,9 @@ def suite(subject: Trained, options: argparse.Namespace) -> Iterator[tuple[Table
                 )
         run_published(subject, options, found)
     size = f"{options.examples} examples, width {options.width}"
+    part = "" if options.full else f"{100 * options.fraction:g} % of the published loops were run, and scaled"
     yield by_measure(found, options, f"The suite against the published procedure, measure by measure: {size}"), NOTE
-    yield as_a_whole(found, options, f"The suite against the published procedure, as a whole: {size}"), ""
+    yield as_a_whole(found, options, f"The suite against the published procedure, as a whole: {size}"), part
 
 
 def heads(found: Suite, options: argparse.Namespace) -> list[tuple[str, Timer]]:
