@@ -19,13 +19,14 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-FOLDER = Path(__file__).parent / "figures"
-PAGE = Path(__file__).parents[1] / "docs" / "figures.md"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks" / "figures"
+PAGE = ROOT / "docs" / "figures.md"
 COLUMNS = ["benchmark", "table", "row", "column", "text", "taken_at", "commit", "machine", "versions"]
 
 
 def show(
-    table: Table, benchmark: str, packages: Sequence[str], *, device: str = "", threads: int = 1, about: str = ""
+    table: Table, benchmark: str, packages: Sequence[str], *, device: str = "", threads: int | None = 1, about: str = ""
 ) -> None:
     """Print a table with what it was found on, and keep it.
 
@@ -34,19 +35,19 @@ def show(
         benchmark: The name of the benchmark's file.
         packages: What was compared or rests on: their versions are told.
         device: A device other than the CPU.
-        threads: Of the CPU, in each process.
+        threads: Of the CPU, in each process; None where libraries take what they find.
         about: What a reader has to know of this run: repetitions, sizes.
     """
     versions = ", ".join(["Python " + platform.python_version(), *(f"{p} {metadata.version(p)}" for p in packages)])
-    machine = _machine(device, threads)
+    machine, commit = _machine(device, threads), _commit()
     Console(width=200).print(table)
-    Console().print(". ".join(filter(None, [f"{machine}; {versions}; commit {_commit()}", about])), highlight=False)
+    print(". ".join(filter(None, [f"{machine}; {versions}; commit {commit}", about])))
     title = str(table.title or "")
     found = pd.DataFrame(list(_cells(table)), columns=["row", "column", "text"]).assign(
         benchmark=benchmark,
         table=title,
         taken_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
-        commit=_commit(),
+        commit=commit,
         machine=machine,
         versions=f"{versions}. {about}" if about else versions,
     )
@@ -60,20 +61,26 @@ def show(
 def _cells(table: Table) -> Iterator[tuple[int, str, str]]:
     for column in table.columns:
         for row, cell in enumerate(column.cells):
-            yield row, str(column.header).strip(), str(cell)
+            yield row, str(column.header), str(cell)
 
 
-def _machine(device: str, threads: int) -> str:
+def _machine(device: str, threads: int | None) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    on = device or f"{threads} thread{'s' if threads > 1 else ''}"
+    on = device or ("threads as libraries choose" if threads is None else f"{threads} thread{'s' * (threads > 1)}")
     return f"{platform.machine()} {platform.system()}, {cores} cores, {on}"
 
 
 def _commit() -> str:
-    given = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    # figures change with every table, and are no reason to call what they were found with changed
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/figures", ":!docs/figures.md"
     )
-    return given.stdout.strip() or "unknown"
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def page() -> str:
@@ -88,16 +95,16 @@ def page() -> str:
             first = cells.iloc[0]
             parts += [f"**{title}**"] if title else []
             parts.append(_as_markdown(cells))
-            parts.append(f"{first['machine']}; {first['versions']}; commit {first['commit']}, {first['taken_at']} UTC.")
+            parts.append(f"{first['machine']}; commit {first['commit']}, {first['taken_at']} UTC; {first['versions']}.")
     return "\n\n".join(parts) + "\n"
 
 
 def _as_markdown(cells: pd.DataFrame) -> str:
     # columns of one name are told apart by their place
-    columns = [own["text"].str.replace("|", "\\|") for _, own in cells.groupby((cells["row"] == 0).cumsum())]
+    columns = [own["text"] for _, own in cells.groupby((cells["row"] == 0).cumsum())]
     heads = cells.loc[cells["row"] == 0, "column"]
     rows = [heads, ["---"] * len(heads), *zip(*columns, strict=True)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 if __name__ == "__main__":

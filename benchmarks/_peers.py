@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from _trained import CHUNK, TOLERANCE, Timer, Trained
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
@@ -236,14 +235,15 @@ def old_eig() -> Iterator[None]:
         owner.eig = before
 
 
-def peers(subject: Trained, options: argparse.Namespace) -> None:
-    """Compare measures with the peers' and print the figures."""
+def peers(subject: Trained, options: argparse.Namespace) -> Table:
+    """Compare measures with the peers' and return the figures."""
     contest = Peers(subject, options)
     unit = Timer()
     with unit.running():
         subject.loss()
     columns = ("measure", "who", "value", "products", "seconds", "spread", "passes", "x ours", "note")
-    table = Table(*columns, box=box.MARKDOWN, title=f"at equal error, {len(subject.x)} examples, metric identity")
+    size = f"{len(subject.x)} examples, width {options.width}"
+    table = Table(*columns, box=box.MARKDOWN, title=f"Measures at equal error: {size}, metric identity")
     for name, contenders in contest.measures().items():
         runs: dict[str, list[Reached]] = {who: [] for who in contenders}
         for _ in range(options.repetitions):
@@ -262,5 +262,4 @@ def peers(subject: Trained, options: argparse.Namespace) -> None:
                 f"{median / unit.median():.0f}",
             )
             table.add_row(name, who, *cells, f"{ratio:.2f}", last.note)
-    Console(width=200).print(table)
-    print("PyHessian has no Frobenius norm.")
+    return table

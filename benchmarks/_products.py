@@ -13,7 +13,6 @@ import torch
 from _peers import curvlinops_of, peer, pyhessian_of
 from _trained import Timer, Trained
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
@@ -21,8 +20,8 @@ from torch.nn import functional
 VECTORS = 8
 
 
-def products(subject: Trained, options: argparse.Namespace) -> None:
-    """Time a product of every kind in turn with a gradient and print what it costs in gradients."""
+def products(subject: Trained, options: argparse.Namespace) -> Table:
+    """Time a product of every kind in turn with a gradient and return what it costs in gradients."""
     contenders = products_of(subject)
     timers = {name: Timer() for name in contenders}
     for run, _ in contenders.values():
@@ -31,13 +30,14 @@ def products(subject: Trained, options: argparse.Namespace) -> None:
         for name, (run, _) in contenders.items():
             with timers[name].running():
                 run()
-    table = Table("product", "gradients", "spread", "seconds", box=box.MARKDOWN, title=f"{len(subject.x)} examples")
+    title = f"A Hessian-vector product in gradients: {len(subject.x)} examples, width {options.width}"
+    table = Table("product", "gradients", "spread", "seconds", box=box.MARKDOWN, title=title)
     gradients = timers["a gradient"].of_device()
     for name, (_, count) in contenders.items():
         ratios = [a / b / count for a, b in zip(timers[name].of_device(), gradients, strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         table.add_row(name, f"{statistics.median(ratios):.2f}", spread, f"{timers[name].median() / count:.3f}")
-    Console(width=120).print(table)
+    return table
 
 
 def products_of(subject: Trained) -> dict[str, tuple[Callable[[], Any], int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,16 @@ import pandas as pd
 from _published import Published
 from _trained import TOLERANCE, Timer, Trained
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from flatmin.sharpness import measure
 
 SERVED_BY_LANCZOS = ("hessian_trace", "lambda_max", "effective_dimension")
 WHOLE_SET_ONLY = ("eps_sharpness", "local_entropy_gradient", "effective_dimension")
+NOTE = (
+    "Ours are wall seconds, scaled to the suite's CPU seconds, and what measures share is paid by the first that "
+    "asks for it; errors are in per cent of the value, ! marks one that did not converge"
+)
 
 
 def labels(options: argparse.Namespace, subset: int | None) -> list[str]:
@@ -60,8 +64,8 @@ class Suite:
     frames: list[pd.DataFrame] = field(default_factory=list)
 
 
-def suite(subject: Trained, options: argparse.Namespace) -> None:
-    """Compare the suites and print the figures."""
+def suite(subject: Trained, options: argparse.Namespace) -> Iterator[tuple[Table, str]]:
+    """Compare the suites and yield a table of measures and one of the whole, with notes."""
     found, memory = Suite(), int(options.memory * 2**30)
     for _ in range(options.repetitions):
         with found.one_pass.running():
@@ -74,7 +78,17 @@ def suite(subject: Trained, options: argparse.Namespace) -> None:
                     measure(subject.model, "cross_entropy", (subject.x, subject.y), written, memory=memory)
                 )
         run_published(subject, options, found)
-    show_suite(found, options)
+    size = f"{options.examples} examples, width {options.width}"
+    part = "" if options.full else f"{100 * options.fraction:g} % of the published loops were run, and scaled"
+    yield by_measure(found, options, f"The suite against the published procedure, measure by measure: {size}"), NOTE
+    yield as_a_whole(found, options, f"The suite against the published procedure, as a whole: {size}"), part
+
+
+def heads(found: Suite, options: argparse.Namespace) -> list[tuple[str, Timer]]:
+    """Return the names of our suites, with their timers."""
+    return [
+        ("ours" if subset is None else f"ours, subset of {subset}", timer) for timer, subset in ours(found, options)
+    ]
 
 
 def ours(found: Suite, options: argparse.Namespace) -> list[tuple[Timer, int | None]]:
@@ -99,16 +113,11 @@ def run_published(subject: Trained, options: argparse.Namespace, found: Suite) -
     found.published_wall.append(wall)
 
 
-def show_suite(found: Suite, options: argparse.Namespace) -> None:
-    """Print a table of measures and one of the whole."""
-    unit = found.one_pass.median()
-    suites = [
-        ("ours" if subset is None else f"ours, subset of {subset}", timer) for timer, subset in ours(found, options)
-    ]
+def by_measure(found: Suite, options: argparse.Namespace, title: str) -> Table:
+    """Return a table of measures."""
+    unit, suites = found.one_pass.median(), heads(found, options)
     columns = [text for head, _ in suites for text in (head, "error", "seconds", "passes")]
-    table = Table(
-        "measure", "published", "seconds", "passes", *columns, box=box.MARKDOWN, title="the suite, measure by measure"
-    )
+    table = Table("measure", "published", "seconds", "passes", *columns, box=box.MARKDOWN, title=title)
     frames = [frame.set_index("measure") for frame in found.frames]
     scales = [timer.of_device()[-1] / timer.wall[-1] for _, timer in suites]
     for name in frames[0].index:
@@ -120,21 +129,22 @@ def show_suite(found: Suite, options: argparse.Namespace) -> None:
         )
         cells = [of_row(frame.loc[name], unit, scale) for frame, scale in zip(frames, scales, strict=True)]
         table.add_row(name, *theirs, *(cell for own in cells for cell in own))
-    Console(width=200).print(table)
-    print(
-        "Ours are wall seconds, scaled to the suite's CPU seconds, and what measures share is paid by the first that "
-        "asks for it. Errors are in per cent of the value; ! marks one that did not converge."
-    )
+    return table
+
+
+def as_a_whole(found: Suite, options: argparse.Namespace, title: str) -> Table:
+    """Return a table of the suites."""
+    unit = found.one_pass.median()
     totals = [float(total) for total in np.sum(list(found.published.values()), axis=0)]
-    lines = Table("suite", "CPU seconds", "spread", "wall", "passes", "published / it", box=box.MARKDOWN)
+    lines = Table("suite", "CPU seconds", "spread", "wall", "passes", "published / it", box=box.MARKDOWN, title=title)
     rows = [("published, " + ("in full" if options.full else "scaled"), totals, found.published_wall)]
-    for name, of_suite, wall in rows + [(head, timer.of_device(), timer.wall) for head, timer in suites]:
+    for name, of_suite, wall in rows + [(head, timer.of_device(), timer.wall) for head, timer in heads(found, options)]:
         own = statistics.median(of_suite)
         ratio = statistics.median(a / b for a, b in zip(totals, of_suite, strict=True))
         spread = f"{min(of_suite):.1f} to {max(of_suite):.1f}"
         cells = (f"{own:.1f}", spread, f"{statistics.median(wall):.1f}", f"{own / unit:.0f}", f"{ratio:.2f}")
         lines.add_row(name, *cells)
-    Console(width=120).print(lines)
+    return lines
 
 
 def of_row(row: pd.Series[Any], unit: float, scale: float) -> tuple[str, str, str, str]:

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 from scipy import stats
 
@@ -154,12 +152,8 @@ def sign_errors(table: pd.DataFrame, axes: list[str], names: list[str]) -> dict[
 
 def main() -> None:
     """Run the benchmark and print its tables."""
-    console = Console(width=110)
-    console.print(
-        f"{platform.processor() or platform.machine()}, numpy {np.__version__}, scipy {metadata.version('scipy')}, "
-        f"load {os.getloadavg()[0]:.1f}"
-    )
     for seeds in (5, 1):
+        load = os.getloadavg()[0]
         table = models(seeds)
         axes = list(AXES)
         names = [name for name in table.columns if name.startswith("measure_")]
@@ -168,11 +162,13 @@ def main() -> None:
         seconds = timed(partial(correlate, table, **request))
         wall = time.perf_counter() - start
         size = f"{len(table)} models, {len(table) // seeds} configurations, {MEASURES} measures, {len(axes)} axes"
-        console.print(f"{size}: everything in {seconds:.1f} CPU s, {wall:.1f} s")
-        shown = Table("statistic, all measures", "ours, CPU s", "direct, CPU s", "ratio")
+        title = f"Statistics, ours against direct implementations: {size}"
+        shown = Table("statistic, all measures", "ours, CPU s", "direct, CPU s", "ratio", title=title)
+        shown.add_row("everything", f"{seconds:.1f}")
         for row in compare(table, axes):
             shown.add_row(*row)
-        console.print(shown)
+        about = f"everything took {wall:.1f} s by the clock; load {load:.1f}"
+        show(shown, "analysis", ("numpy", "scipy", "pandas", "flatmin-sweep"), threads=None, about=about)
 
 
 if __name__ == "__main__":

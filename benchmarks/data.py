@@ -12,14 +12,12 @@ and the ratio to `PIL`.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 
 import torch
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -93,7 +91,8 @@ def ours(dataset: Dataset, seeds: list[int]) -> Callable[[], Iterable[Tensor]]:
 
     def batches() -> Iterable[Tensor]:
         orders = torch.stack([permutation(stream_key("order", seed, 0), len(split)) for seed in seeds])
-        for order, step in split.steps(0, torch.split(orders, BATCH, dim=1)):
+        parts = torch.split(orders, BATCH, dim=1)
+        for order, step in zip(parts, split.steps(0, parts), strict=True):
             yield step.gather(order).x
 
     return batches
@@ -128,17 +127,14 @@ def main() -> None:
     for _ in range(REPETITIONS):
         for name, batches in runs.items():
             rates[name].append(rate(batches))
-    table = Table("who", "samples per second", "spread", "times PIL")
+    title = "Samples per second into the model: batches of tensors against a DataLoader"
+    table = Table("who", "samples per second", "spread", "times PIL", title=title)
     base = statistics.median(rates["PIL, DataLoader"])
     for name, values in rates.items():
         median = statistics.median(values)
         table.add_row(name, f"{median:,.0f}", f"{min(values):,.0f} to {max(values):,.0f}", f"{median / base:.1f}")
-    Console(width=100).print(table)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "flatmin-sweep"))
-    print(
-        f"{platform.platform()}, {platform.machine()}, 1 thread or {WORKERS} workers, {REPETITIONS} repetitions "
-        f"of {IMAGES:,} images, Python {platform.python_version()}, {versions}"
-    )
+    about = f"DataLoaders have {WORKERS} workers; {REPETITIONS} repetitions of {IMAGES:,} images, batches of {BATCH}"
+    show(table, "data", ("torch", "torchvision", "flatmin-sweep"), about=about)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib import metadata
 
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 
 from flatmin.orchestrator.calibrate import calibrate
-from flatmin.orchestrator.estimate import Estimate, cpus
+from flatmin.orchestrator.estimate import Estimate
 from flatmin.orchestrator.launch import launch
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
@@ -71,7 +69,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of the pilots")
     given = parser.parse_args()
     header = ["study", "calibrating, s", "device time said, s", "taken, s", "ratio", "by the clock said, s", "taken, s"]
-    table = Table(*header, "ratio", "load", box=None)
+    title = f"What plan --calibrate says of studies, against their launches: {', '.join(given.studies)}"
+    table = Table(*header, "ratio", "load", box=None, title=title)
     for name in given.studies:
         found = compare(name, given.budget)
         said = found.said
@@ -88,12 +87,8 @@ def main() -> None:
             f"{said.wall / found.wall:.2f}",
             "{:.1f}, {:.1f}".format(*found.loads),
         )
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "ray"))
-    console = Console(width=200)
-    console.print(table)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {cpus()} cores; n = 1 each; {versions}", highlight=False
-    )
+    about = f"n = 1 each; {given.budget:g} s of pilots"
+    show(table, "estimates", ("torch", "ray", "flatmin-sweep"), about=about)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,15 @@ within a repetition: on a machine that others use these are what to read.
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
@@ -192,7 +190,8 @@ def main() -> None:
     prepare_arithmetic()
     warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
     contenders = {"ours": ours, "plain": plain, "published": published}
-    table = Table("optimizer", "who", "CPU ms per model and step", "spread", "times ours", "spread ")
+    title = f"A step of the sinusoids study: {SEEDS} seeds as one stack, against loops over one seed"
+    table = Table("optimizer", "who", "CPU ms per model and step", "spread", "times ours", "spread", title=title)
     for name in OPTIMIZERS:
         seconds: dict[str, list[float]] = {who: [] for who in contenders}
         for _ in range(REPETITIONS):
@@ -208,9 +207,8 @@ def main() -> None:
                 f"{statistics.median(ratios):.2f}",
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
             )
-    Console(width=100).print(table)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "flatmin-sweep"))
-    print(f"{platform.platform()}, {platform.machine()}, 1 thread, Python {platform.python_version()}, {versions}")
+    about = f"{REPETITIONS} repetitions of {STEPS} steps, batches of {BATCH}"
+    show(table, "frequency", ("torch", "flatmin-sweep"), about=about)
 
 
 if __name__ == "__main__":

@@ -18,24 +18,20 @@ counted from birth to death, which leaves out what kernels use inside (the same 
 from __future__ import annotations
 
 import argparse
-import platform
 import re
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import show
 from _memory import Memory, measured_memory
 from pytorch_optimizer import SAM, AdaHessian
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
@@ -300,10 +296,10 @@ def measure(options: argparse.Namespace) -> dict[str, Found]:
     return found
 
 
-def table_of(found: dict[str, Found], weights: int) -> Table:
+def table_of(found: dict[str, Found], weights: int, title: str) -> Table:
     """Return the figures as a Markdown table."""
     times = ("seconds", "spread", "x base", "x base (CPU)", "passes", "outside")
-    table = Table("optimizer", *times, "state", "in pass", "at peak", box=box.MARKDOWN)
+    table = Table("optimizer", *times, "state", "in pass", "at peak", box=box.MARKDOWN, title=title)
     reference = found["torch SGD"]
 
     def ratio(own: Sequence[float], others: Sequence[float]) -> str:
@@ -337,24 +333,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     weights = sum(4 * parameter.numel() for parameter in make_network(options.network).parameters())
     found = measure(options)
-    Console(width=200).print(table_of(found, weights))
     peak = found["torch SGD"].peak / weights
-    device = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{options.threads} threads"
-    names = ("torch", "pytorch_optimizer", "flatmin-sweep")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    print(
-        f"{options.network}, {weights // 4} weights, batch {options.batch}, {options.repetitions} repetitions; "
-        f"the base step's own peak is {peak:.1f} copies of the weights. "
-        f"{platform.machine()} {platform.system()}, {device}, Python {platform.python_version()}, {versions}, "
-        f"commit {commit()}"
+    only = f", only {options.only}" if options.only else ""
+    show(
+        table_of(found, weights, f"A step of every optimizer{only}: {options.network}, batch {options.batch}"),
+        "optimizers",
+        ("torch", "pytorch_optimizer", "flatmin-sweep"),
+        device=torch.cuda.get_device_name() if options.device.type == "cuda" else "",
+        threads=options.threads,
+        about=f"{weights // 4:,} weights, {options.repetitions} repetitions; "
+        f"the base step's own peak is {peak:.1f} copies of the weights",
     )
-
-
-def commit() -> str:
-    """Return the commit of this checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

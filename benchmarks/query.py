@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from _figures import show
+from rich.table import Table
 
 from flatmin import plugins
 from flatmin.results import Results
@@ -81,12 +83,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results"
         fill(path, options.models, options.epochs, options.models_per_trial)
-        print(f"{options.models} models, {options.models * options.epochs} rows of epochs")
-        print("seconds (of a core): the first query, and the best of five more")
+        size = f"{options.models:,} models, {options.models * options.epochs:,} rows of epochs"
+        title = f"Queries of {size}, {options.models_per_trial} models to a trial: the first, and the best of five more"
+        table = Table("query", "first, s", "of a core, s", "best of more, s", "of a core, s", title=title)
         for name, sql in QUERIES.items():
             first, *others = [seconds(path, sql) for _ in range(6)]
             best = min(others)
-            print(f"{name:8s} {first[0]:6.2f} ({first[1]:.2f}) {best[0]:6.2f} ({best[1]:.2f})")
+            table.add_row(name, *(f"{taken:.2f}" for taken in (*first, *best)))
+    show(table, "query", ("duckdb", "pyarrow", "flatmin-sweep"), threads=None)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from _figures import show
+from rich.table import Table
 
 from flatmin.analysis.report import report
 
@@ -100,14 +102,16 @@ def main() -> None:
     options = parser.parse_args()
     table = models(options.seeds)
     epochs, measured = epochs_of(table, options.epochs), sharpness(table, options.measures, options.epochs)
-    print(f"{len(table)} models, {len(epochs)} rows of epochs, {len(measured)} of measures")
     with tempfile.TemporaryDirectory() as folder:
         path = options.output or Path(folder) / "report.html"
         start, before = time.perf_counter(), time.process_time()
         report(study={"study": "benchmark"}, models=table, epochs=epochs, sharpness=measured, path=path)
         wall, cpu = time.perf_counter() - start, time.process_time() - before
         size = path.stat().st_size
-    print(f"{wall:.1f} s ({cpu:.1f} s of a core), {size / 1e6:.2f} MB of {MOST_BYTES / 1e6:.0f} MB allowed")
+    title = f"The report of {len(table):,} models, {len(epochs):,} rows of epochs, {len(measured):,} of measures"
+    found = Table("seconds", "of a core", "MB", "MB allowed", title=title)
+    found.add_row(f"{wall:.1f}", f"{cpu:.1f}", f"{size / 1e6:.2f}", f"{MOST_BYTES / 1e6:.0f}")
+    show(found, "report", ("pandas", "plotly", "flatmin-sweep"), threads=None)
     if size > MOST_BYTES:
         raise SystemExit("the report is larger than that")
 

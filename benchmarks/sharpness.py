@@ -25,17 +25,17 @@ over the repetitions.
 from __future__ import annotations
 
 import argparse
-import platform
-import subprocess
+from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import torch
+from _figures import show
 from _peers import PEERS, peers
 from _products import products
 from _published import BATCH
 from _suite import suite
-from _trained import CHUNK, trained
+from _trained import CHUNK, Trained, trained
+from rich.table import Table
 
 
 def read_options() -> argparse.Namespace:
@@ -96,22 +96,26 @@ def main() -> None:
     weights = sum(parameter.numel() for parameter in subject.model.parameters())
     with torch.no_grad():
         right = torch.cat([subject.model(x).argmax(dim=1) for x in torch.split(subject.x, BATCH)]) == subject.y
-    device = torch.cuda.get_device_name() if options.device.type == "cuda" else f"{options.threads} thread(s)"
-    print(
-        f"resnet18_narrow, width {options.width}, {weights} weights, {options.examples} examples, training loss "
+    about = (
+        f"resnet18_narrow, {weights:,} weights, trained on {options.examples} examples: training loss "
         f"{subject.loss():.4f}, accuracy {float(right.float().mean()):.3f}; repetitions: {options.repetitions}, "
         f"of products {options.product_repetitions}"
     )
+    packages = ("torch", "flatmin-sweep", *(name for name in PEERS.values() if installed(name)))
+    device = torch.cuda.get_device_name() if options.device.type == "cuda" else ""
+    for table, note in tables(subject, options):
+        said = f"{about}. {note}" if note else about
+        show(table, "sharpness", packages, device=device, threads=options.threads, about=said)
+
+
+def tables(subject: Trained, options: argparse.Namespace) -> Iterator[tuple[Table, str]]:
+    """Yield the tables of the parts asked for, each with what a reader has to know, as soon as they are found."""
     if options.part in ("products", "all"):
-        products(subject.first(CHUNK), options)
+        yield products(subject.first(CHUNK), options), ""
     if options.part in ("peers", "all"):
-        peers(subject.first(options.peer_examples), options)
+        yield peers(subject.first(options.peer_examples), options), "PyHessian has no Frobenius norm"
     if options.part in ("suite", "all"):
-        suite(subject, options)
-    names = ("torch", "flatmin-sweep", *(name for name in PEERS.values() if installed(name)))
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    machine = f"{platform.machine()} {platform.system()}, {device}, Python {platform.python_version()}"
-    print(f"{machine}, {versions}, commit {commit()}")
+        yield from suite(subject, options)
 
 
 def installed(name: str) -> bool:
@@ -121,13 +125,6 @@ def installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def commit() -> str:
-    """Return the commit of this checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ ratio to ours within a repetition: on a machine that others use that is what to 
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -101,7 +99,8 @@ def main() -> None:
     prepare_arithmetic()
     dataset = digits(Path())
     runs = {"ours": ours, "resident": resident, "dataloader": dataloader}
-    table = Table("batch", "width", "models", "who", "CPU us per model and step", "spread", "times ours", "spread ")
+    heads = ("batch", "width", "models", "who", "CPU us per model and step", "spread", "times ours", "spread")
+    table = Table(*heads, title="Training MLPs on the digits: one stack, against one model at a time")
     for batch, width in CASES:
         for models in MODELS:
             seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -118,9 +117,8 @@ def main() -> None:
                     f"{statistics.median(ratios):.2f}",
                     f"{min(ratios):.2f} to {max(ratios):.2f}",
                 )
-    Console(width=110).print(table)
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "flatmin-sweep"))
-    print(f"{platform.platform()}, {platform.machine()}, 1 thread, Python {platform.python_version()}, {versions}")
+    about = f"{REPETITIONS} repetitions of {STEPS} steps"
+    show(table, "stacked_training", ("torch", "flatmin-sweep"), about=about)
 
 
 if __name__ == "__main__":
