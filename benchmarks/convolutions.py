@@ -228,12 +228,12 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--models", type=int, help="of the stack (default 8; on a GPU 27)")
     parser.add_argument("--channels-last", action="store_true", help="for our stacks")
     parser.add_argument("--steps", type=int, help="that are timed (default 4; on a GPU 50)")
-    parser.add_argument("--warm-up", type=int, help="steps before (default 1; on a GPU 10)")
+    parser.add_argument("--warm-up", type=int, help="steps before (default 3; on a GPU 10)")
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
     defaults = {"widths": ([4], [4, 6, 8]), "batches": ([32], [32, 128, 512]), "models": (8, 27)}
-    for name, (on_cpu, else_) in {**defaults, "steps": (4, 50), "warm_up": (1, 10)}.items():
+    for name, (on_cpu, else_) in {**defaults, "steps": (4, 50), "warm_up": (3, 10)}.items():
         if getattr(options, name) is None:
             setattr(options, name, else_ if on_gpu else on_cpu)
     return options

@@ -43,11 +43,12 @@ class _SGD:
     def update(self, params: Tensor, found: Evaluation, state: State, step: Step) -> tuple[Tensor, State]:
         g, v = found.grad, state["velocity"]
         if self._decays:
-            g = (self.weight_decay * params).add_(g)
+            g = torch.addcmul(g, params, scalar(self.weight_decay, params))
         direction = g
         if self._has_momentum:
-            v = (self.momentum * v).add_(g)
-            direction = g + self.momentum * v if self.nesterov else v
+            momentum = scalar(self.momentum, v)
+            v = torch.addcmul(g, v, momentum)
+            direction = torch.addcmul(g, v, momentum) if self.nesterov else v
         lr = scalar(self.lr * step.lr_factor, params)
         return torch.addcmul(params, direction, lr, value=-1), {"velocity": v}
 

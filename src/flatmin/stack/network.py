@@ -195,8 +195,9 @@ class StackedNetwork:
         self, forward: _OneModel, tensors: dict[str, Tensor], keys: Tensor, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         before = None if torch.compiler.is_compiling() else torch.get_rng_state()
-        # taken apart at once: each `tensor[k]` would be a gradient of zeros for all K on the way back
-        rows = {name: tensor.unbind() for name, tensor in tensors.items()}
+        # taken apart at once, for each `tensor[k]` would be zeros for all K on the way back; and for one model a view
+        alone = len(keys) == 1
+        rows = {name: (tensor.squeeze(0),) if alone else tensor.unbind() for name, tensor in tensors.items()}
         found = [
             forward({name: own[k] for name, own in rows.items()}, keys[k], batch.x if batch.shared else batch.x[k])
             for k in range(len(keys))
