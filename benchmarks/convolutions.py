@@ -6,7 +6,8 @@ beside a GPU) over images that are cropped and flipped one by one, in fp32. All 
 images with SGD, and take no evaluations: a narrow ResNet-18 on the shape of CIFAR, and LeNet on that of MNIST.
 
 Seconds are CPU seconds of the process, and wall seconds of a device that is waited for. Printed are medians over
-repetitions, contenders in turn, and ratios to ours within a repetition.
+repetitions, contenders in turn, ratios to ours within a repetition, and the share of what one large product of matrices
+reaches in fp32 (a bf16 peak is higher).
 
     python benchmarks/convolutions.py [--device cuda] [--widths 4 6 8] [--batches 32 128] [--models 8]
 """
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 from _figures import show
+from _peak import matmul_peak
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +36,8 @@ from torchvision import transforms
 from flatmin.orchestrator.study import read_study
 from flatmin.stack.arithmetic import prepare_arithmetic
 from flatmin.trainables import dataset as flatmin_dataset
+from flatmin.trainables.cost import network_cost
+from flatmin.trainables.job import plugin_settings
 from flatmin.trainables.trainer import StackTrainer, network_builder
 from flatmin.trial import Execution, Trial
 
@@ -247,9 +251,13 @@ def main() -> None:
     who = {"ours": ours, "ours, side by side": ours_vmap, "resident": resident, "dataloader": dataloader}
     if options.device == "cuda":
         who = {"ours": ours, "ours, one by one": ours_loop, "tuned": tuned, **{k: who[k] for k in list(who)[2:]}}
-    head = ("network", "batch", "models", "who", "ms per model and step", "spread", "times ours", "spread ")
+    head = ("network", "batch", "models", "who", "ms per model and step", "spread", "times ours", "spread ", "of peak")
     table = Table(*head, title="Stacks of convolutional networks beside one model at a time")
+    peak = matmul_peak(options.device)
     for case in cases(options):
+        operations = (
+            3 * case.batch * network_cost(plugin_settings("network", trial_of(case, 1).program), case.shape, 10).flops
+        )
         found: dict[str, list[float]] = {name: [] for name in who}
         for _ in range(options.repetitions):
             for name, run in who.items():
@@ -265,9 +273,11 @@ def main() -> None:
                 f"{min(values):.2f} to {max(values):.2f}",
                 f"{statistics.median(ratios):.2f}",
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{100 * operations / statistics.median(values) * 1e3 / peak:.0f} %",
             )
     device = torch.cuda.get_device_name() if options.device == "cuda" else ""
-    about = f"median of {options.repetitions} repetitions of {options.steps} steps"
+    most = f"one large product in fp32: {peak / 1e12:.3g} TFLOP/s"
+    about = f"median of {options.repetitions} repetitions of {options.steps} steps; {most}"
     show(table, "convolutions", ("torch", "torchvision"), device=device, about=about)
 
 
