@@ -184,6 +184,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     Console(width=120).print(table)
 
 
+@pytest.fixture(autouse=True)
+def _workers_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ray's workers run at the niceness of this process, not at 15 more: on a busy machine they would starve."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a study of 12 models in 3 trials."""
