@@ -88,8 +88,8 @@ class Faulty:
                 raise ZeroDivisionError("a bug of the plug-in")
         if fault == "swell" and step.count == 5 and once():
             self.swell()
-        if fault == "slow":
-            time.sleep(0.02)
+        if fault in ("slow", "slower"):
+            time.sleep(0.02 if fault == "slow" else 0.1)
         mean = 0.9 * state["mean"] + 0.1 * found.grad
         return params - self.lr * step.lr_factor * mean.sign(), {"mean": mean}
 
