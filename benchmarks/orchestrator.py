@@ -1,12 +1,16 @@
 """What orchestration costs beside the work: us and plain Ray Tune with one model per trial, in turn, in one run.
 
     python benchmarks/orchestrator.py [overhead] [memory] [scan] [--models 200] [--repetitions 3]
+    python benchmarks/orchestrator.py long [--long-models 10000]
 
 **overhead**: models that sleep for a second, through the whole of a real launch: study, plan, Ray, worker, trainer,
 files of results. The sleep stands in for the arithmetic, and is all that is simulated: a plug-in network sleeps in its
 training pass; a stack sleeps as many times as it has models. Plain Tune sleeps in a function trainable that has
 imported torch, and reports one number. The ideal is models x seconds / slots; the overhead per model is what a slot
 takes longer for one.
+
+**long**: one such launch of very many models, in stacks, measured whole where the other figures are reckoned on; an
+hour and a half for 10,000.
 
 **memory**: resident memory of the driver while a launch of so many planned models is under way, ended by a time budget.
 
@@ -17,6 +21,7 @@ found. The rows are made up, and written without training.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -190,6 +195,21 @@ def resident(line: list[str], environment: dict[str, str]) -> tuple[float, float
     return max(seen), statistics.median(seen[-50:])
 
 
+def at_length(models: int) -> Table:
+    """Measure one launch of very many models in stacks: its time, the driver's memory, and the files it leaves."""
+    table = Table(
+        "models", "stacks of", "seconds", "ideal", "over the ideal", "driver, most, MB", "under way, MB", "files"
+    )
+    with plugged_in() as (folder, environment):
+        started = time.perf_counter()
+        most, under_way = resident(launch_line(folder, models, "r", stack=STACK), environment)
+        taken, ideal = time.perf_counter() - started, math.ceil(models / STACK) * STACK / SLOTS
+        files = sum(1 for file in (folder / "r").rglob("*") if file.is_file())
+    figures = (f"{taken:.0f}", f"{ideal:.0f}", f"{taken / ideal - 1:.1%}", f"{most:.0f}", f"{under_way:.0f}")
+    table.add_row(f"{models:,}", str(STACK), *figures, f"{files:,}")
+    return table
+
+
 def memory(budget: float, planned: tuple[int, ...], peers: tuple[int, ...]) -> Table:
     """Compare the drivers' memory against the number of planned models."""
     table = Table("who", "planned models", "most, MB", "under way, MB")
@@ -225,6 +245,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of a launch whose memory is measured")
     parser.add_argument("--planned", default="1000,10000,100000", help="models of a plan whose memory is measured")
     parser.add_argument("--finished", type=int, default=100_000, help="models of the results that are scanned")
+    parser.add_argument("--stacks", default="32,1", help="sizes of the stacks in which those were trained")
+    parser.add_argument("--long-models", type=int, default=10_000, help="models of the long launch")
     given = parser.parse_args()
     planned = tuple(int(count) for count in given.planned.split(","))
     console = Console(width=180)
@@ -233,7 +255,9 @@ def main() -> None:
     if "memory" in given.parts:
         console.print(memory(given.budget, planned, planned[:2]))
     if "scan" in given.parts:
-        console.print(resumes(given.finished))
+        console.print(resumes(given.finished, tuple(int(size) for size in given.stacks.split(","))))
+    if "long" in given.parts:
+        console.print(at_length(given.long_models))
     console.print(machine(), highlight=False)
 
 

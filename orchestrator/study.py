@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ def find(name: str) -> tuple[Path, str]:
     """
     if name in builtin_names():
         return Path(str(_FOLDER / f"{name}.yaml")), f"{name}.yaml"
-    path = Path(name)
+    path = Path(os.path.expanduser(name))  # a shell does not, of what is quoted; `ray job submit` quotes
     try:
         if path.is_file():
             return path, name

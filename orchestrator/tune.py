@@ -24,7 +24,8 @@ from ray import tune
 from ray._private import ray_constants
 
 from flatmin.bucket import BucketPath
-from flatmin.errors import RequestError, error_line
+from flatmin.compact import compact_many
+from flatmin.errors import RequestError, ResultsError, error_line
 from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, uncommitted
 from flatmin.orchestrator.watch import Watch
@@ -47,7 +48,7 @@ _ENVIRONMENT = {
 _SHARE, _ROUNDS = 1000, 50
 """Trials that Tune is given at a time: so many, or so many for each that can run. Tune keeps some 50 KB of every trial
 it was given, finished or not, in the driver; the next share is given when the last one is done. Waiting for the last of
-a share costs half a trial on average, of 50."""
+a share costs half a trial on average, of 50. Small files are merged in between, so that a resume has few to open."""
 
 
 def run_on_ray(
@@ -101,6 +102,9 @@ def run_on_ray(
             before = len(left)
             left = [job for job in uncommitted(results, now) if failures[job.trial.trial_id] <= options.max_failures]
             left += later
+            if later:
+                with contextlib.suppress(OSError, ResultsError):  # a disk that is full is the trials' to wait for
+                    compact_many(results)
             stalled = 0 if len(left) < before or watch.forgiven else stalled + 1
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 

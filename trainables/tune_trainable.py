@@ -42,7 +42,7 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: Mapping[str, Any], jobs: Sequence[Job] = (), hang_timeout: float = 0.0) -> None:
         """Take the jobs, and after how many seconds without a sign of life one hangs; start the one of the config."""
         self._jobs, self._hang_timeout = jobs, hang_timeout
-        self._told_to_end, self._at_work = False, False
+        self._told_to_end, self._under_way = False, False
         self._on_terminate = signal.signal(signal.SIGTERM, self._terminate)
         self._start(config)
 
@@ -57,12 +57,10 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
         Raises:
             Preempted: The machine is going away.
         """
-        self._at_work = True
         try:
             with self._log:
                 return self._slice()
         finally:
-            self._at_work = False
             faulthandler.cancel_dump_traceback_later()
 
     def cleanup(self) -> None:
@@ -75,12 +73,11 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
         self._next_beat = 0.0  # the end of the slice before has called the dump off
         self._beat()
         try:
+            self._leave_if_told()
             for ended in self._work:
                 self._ended = ended
                 self._beat()
-                if self._told_to_end:
-                    self._work.close()
-                    raise Preempted
+                self._leave_if_told()
                 if time.monotonic() >= deadline:
                     return {"models_ended": self._ended, tune.result.DONE: False}
         except COMES_AGAIN as error:  # raised, Tune would try again
@@ -104,11 +101,18 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
         self._log = TrialLog(job)
         pulse.listen(self._beat)
         self._work: Generator[int] = run(job)
+        self._under_way = True
 
     def _end(self) -> None:
+        self._under_way = False
         self._log.close()
         if self._beats:
             internal_kv._internal_kv_del(self._key)
+
+    def _leave_if_told(self) -> None:
+        if self._told_to_end:
+            self._work.close()
+            raise Preempted
 
     def _beat(self) -> None:
         """Show the driver a sign of life; without one in time, say in the log where the work hangs."""
@@ -122,9 +126,9 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
         faulthandler.dump_traceback_later(self._hang_timeout - interval, file=self._log.file)
 
     def _terminate(self, number: int, frame: Any) -> None:
-        """End after the step that is being made, with a checkpoint; at once where none is."""
+        """End after the step under way, with a checkpoint, or before the next slice; at once where no job is."""
         self._told_to_end = True
-        if not self._at_work and callable(self._on_terminate):
+        if not self._under_way and callable(self._on_terminate):
             self._on_terminate(number, frame)
 
 

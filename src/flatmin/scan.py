@@ -248,7 +248,8 @@ def rows_of(file: Place, table: str, expected: pa.Schema) -> pa.Table:
     rows = pq.ParquetFile(pa.BufferReader(file.read_bytes())).read(use_threads=False).replace_schema_metadata(None)
     rows = _with_added(rows, expected)
     own = rows.schema
-    wrong = [field.name for field in expected if field not in own]
+    at = [own.get_field_index(field.name) for field in expected]  # -1: none. `in` takes a third of a small file's time
+    wrong = [field.name for i, field in zip(at, expected, strict=True) if i < 0 or not own.field(i).equals(field)]
     if wrong:
         raise ValueError(f"not a file of {table}: it lacks the column {wrong[0]}, or has it in another type")
     return rows

@@ -75,8 +75,15 @@ def test_a_bucket_that_is_away_for_a_while_is_waited_for(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["directory", "bucket"])
 def test_of_two_drivers_that_start_at_once_one_trains(
-    kind: str, plugin: Path, unharmed: list[pd.DataFrame], server: Server, tmp_path: Path, judge: Judge
+    kind: str,
+    plugin: Path,
+    unharmed: list[pd.DataFrame],
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    judge: Judge,
 ) -> None:
+    monkeypatch.setenv("FLATMIN_FAULT", "slower")  # neither is done before the other has begun
     place = tmp_path / "r" if kind == "directory" else BucketPath.parse("s3://faults/two")
     drivers = [start(plugin, place, "--inline") for _ in range(2)]
     with no_process_left(drivers[0]), no_process_left(drivers[1]):

@@ -71,7 +71,7 @@ def test_a_driver_whose_clock_has_jumped_takes_no_lease_and_is_believed(
     folder = tmp_path / "clock"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SHIFTED)
-    monkeypatch.setenv("FLATMIN_FAULT", "slow")
+    monkeypatch.setenv("FLATMIN_FAULT", "slow sleep")  # the first is at it until it is killed
     first = start(plugin, tmp_path / "r", "--inline")
     with no_process_left(first):
         wait_for(lambda: under_way(tmp_path / "r"), first)

@@ -217,6 +217,16 @@ def test_unknown_studies_name_the_nearest() -> None:
         read_study("nowhere.yaml")
 
 
+def test_a_home_folder_is_found_where_no_shell_has_put_it_in(
+    write_study: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_study("study: mine\nsettings: {dataset: digits, network: mlp, optimizer: sgd}\n")
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert read_study(f"~/{file.name}").file.study == "mine"
+    with pytest.raises(RequestError, match="no study file '~nobody-here"):
+        read_study("~nobody-here/mine.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "count"), [("digits-double-descent", 70), ("digits-sharpness", 216), ("digits-label-noise", 50)]
 )

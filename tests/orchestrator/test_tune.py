@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from flatmin import compact, scan
 from flatmin.errors import RequestError
+from flatmin.orchestrator import tune
 from flatmin.orchestrator.launch import LaunchOptions, launch, with_resources
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.orchestrator.study_file import Resources
 from flatmin.orchestrator.tune import shortage, trial_resources
 from flatmin.results import Results
+from flatmin.trainables.job import run
+from flatmin.trial import Job
 
 Write = Callable[..., Path]
 
@@ -75,3 +80,33 @@ def test_ray_and_inline_give_the_same_rows_from_few_workers_and_say_one_line(
             assert len(workers) < len(models), "workers were not reused"
     for ours, theirs in zip(*tables, strict=True):
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
+
+
+FOUR = """\
+study: four
+settings: {dataset: digits, network: mlp, optimizer: sgd, lr: 0.05, batch_size: 300, epochs: 1}
+axes: {width: [2, 3, 4, 5]}
+"""
+
+
+def test_small_files_are_merged_before_the_next_share_of_trials(
+    write_study: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune's part is done by a loop here."""
+    path, seen = tmp_path / "r", []
+
+    def fit(jobs: Sequence[Job], *_: object) -> None:
+        seen.append(len(scan.listed(path, "models").parts))
+        for job in jobs:
+            list(run(job))
+
+    monkeypatch.setattr(tune, "_fit", fit)
+    monkeypatch.setattr(tune, "_cluster", lambda _: contextlib.nullcontext(""))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(tune, "_SHARE", 2)
+    monkeypatch.setattr(tune, "_ROUNDS", 2)
+    monkeypatch.setattr(compact, "MANY", 2)
+    launched = launch(str(write_study(FOUR)), path)
+    assert (launched.trained, launched.remaining) == (4, 0)
+    assert seen == [0, 0]
+    assert Results.open(path).models()["model_id"].is_unique
