@@ -106,7 +106,7 @@ def beside_published(compared: pd.DataFrame, models: pd.DataFrame) -> str:
     ]
     table = page.table([*header, "notes"], rows) if rows else ""
     listed = "".join(f"<li>{page.text(note)}</li>" for note in notes)
-    said = "Accuracies are fractions, losses nats (of regressions mean squared errors); sd is a sample deviation over models."
+    said = "Accuracies are fractions, losses nats (of regressions mean squares); sd is a sample deviation over models."
     reasons = compared.loc[compared["ours"].isna(), "missing"].value_counts()
     rest = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
     said += f" Published numbers without one of ours: {rest}." if rest else ""

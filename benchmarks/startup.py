@@ -127,8 +127,10 @@ def main() -> None:
             note("flatmin-sweep --help", whole, [*FLATMIN, "--help"])
             for turn in ("first", "again"):
                 note(f"plan of 2,916 models, {turn}", whole, [*FLATMIN, "plan", "lpf-sharpness"])
-            launch = [*FLATMIN, "launch", str(folder / "noted.yaml"), "--results", str(folder / "results")]
-            note("launch, to the first step", first_step, launch)
+            for turn, more in (("first", []), ("again", []), ("again, --inline", ["--inline"])):
+                results = ["--results", str(folder / turn)]
+                launch = [*FLATMIN, "launch", str(folder / "noted.yaml"), *results, *more]
+                note(f"launch, to the first step, {turn}", first_step, launch)
             note("plain Ray Tune, to the first step", first_step, [sys.executable, "-c", TUNE])
     table = Table("command", "wall s", "spread", "CPU s", "spread ", title="Before anything is done")
     for name, times in found.items():

@@ -1,7 +1,8 @@
 """Costs of programs that earlier commands have counted, so that the next one need not load torch for them.
 
 A file for each, in `costs/` where data sets lie. Its name tells all that a count depends on: the program, the files of
-this package, the versions of torch and torchvision, and what lies beside it. Files of another such state are removed.
+this package and of plug-ins from elsewhere, the versions of torch and torchvision, and what lies beside it. Files of
+another such state are removed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import flatmin
+from flatmin.annotations import source
 from flatmin.files import data_root, write_atomically
-from flatmin.orchestrator.grid import NAMES
-from flatmin.plugins import get, optimizer_parts
+from flatmin.plugins import Plugin, get, optimizer_parts
 from flatmin.settings import digest
 
 
@@ -50,12 +51,17 @@ class KeptCosts:
                     file.unlink(missing_ok=True)
 
     def _file(self, program: Mapping[str, Any]) -> Path | None:
-        """Return where the cost of a program is kept; None where a plug-in is foreign and may read anything."""
-        named = [get(name, str(program[name])) for name in NAMES if name != "optimizer"]
-        parts = [*named, *optimizer_parts(str(program["optimizer"]))]
-        if not all(plugin.module.startswith("flatmin.") for plugin in parts):
+        """Return where the cost of a program is kept; None where it may change with files that nobody knows of."""
+        parts = [get("network", str(program["network"])), *optimizer_parts(str(program["optimizer"]))]
+        files = [source(plugin.module) for plugin in parts if _foreign(plugin)]
+        if _foreign(get("dataset", str(program["dataset"]))) or None in files:
             return None
-        return self._folder / f"{self._state}-{digest(program)}.json"
+        stamps = [(str(found.file), *_stamp(found.file)) for found in files if found is not None]
+        return self._folder / f"{self._state}-{digest([program, stamps])}.json"
+
+
+def _foreign(plugin: Plugin) -> bool:
+    return not plugin.module.startswith("flatmin.")
 
 
 def _state(folder: Path) -> str:

@@ -14,7 +14,7 @@ from flatmin.orchestrator import estimate
 from flatmin.orchestrator.kept_costs import KeptCosts
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
-from flatmin.plugins import Plugin
+from flatmin.plugins import Plugin, get
 
 COST = {"n_params": 3, "flops": 5}
 
@@ -59,7 +59,7 @@ def test_a_data_set_that_has_come_is_looked_at(root: Path) -> None:
     assert len(list((root / "costs").iterdir())) == 1, "those of states that are past are removed"
 
 
-def test_reasons_foreign_plugins_and_damage_are_not_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_and_damage_are_not_kept(root: Path) -> None:
     one, other = programs()
     kept = KeptCosts()
     kept.write([one, other], [{"error": "no file"}, COST])
@@ -67,10 +67,27 @@ def test_reasons_foreign_plugins_and_damage_are_not_kept(root: Path, monkeypatch
     (file,) = (root / "costs").iterdir()
     file.write_text(json.dumps(COST)[:-3])
     assert kept.read(other) is None
-    plugin = Plugin("network", "mlp", "somebodys.mlp", "mlp", "Module", {}, "")
-    monkeypatch.setattr("flatmin.orchestrator.kept_costs.get", lambda kind, name: plugin)
-    kept.write([one], [COST])
-    assert kept.read(one) is None
+
+
+def test_of_foreign_plugins_networks_are_kept_until_their_file_changes_and_data_sets_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nets", "sets"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = {
+        "network": Plugin("network", "nets", "nets", "nets", "Module", {}, ""),
+        "dataset": get("dataset", "digits"),
+    }
+    monkeypatch.setattr("flatmin.orchestrator.kept_costs.get", lambda kind, name: own[kind])
+    program = programs()[0]
+    KeptCosts().write([program], [COST])
+    assert KeptCosts().read(program) == COST
+    (tmp_path / "nets.py").write_text("changed")
+    assert KeptCosts().read(program) is None
+    own["dataset"] = Plugin("dataset", "sets", "sets", "sets", "Dataset", {}, "")
+    KeptCosts().write([program], [COST])
+    assert KeptCosts().read(program) is None
 
 
 def test_a_disk_that_cannot_be_written_costs_time_alone(root: Path) -> None:
