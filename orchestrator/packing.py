@@ -25,7 +25,7 @@ from flatmin.orchestrator.study import Study
 from flatmin.results import Results
 from flatmin.trial import Execution, Trial
 
-SIZES = (LARGEST_AUTO_STACK, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+SIZES = (LARGEST_AUTO_STACK, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 """The largest stacks that are tried."""
 
 ENOUGH = 20

@@ -15,7 +15,7 @@ from flatmin.orchestrator.study import Study, read_study
 from flatmin.settings import Argument
 from flatmin.trial import Model, Trial, missing_of
 
-LARGEST_AUTO_STACK = 32
+LARGEST_AUTO_STACK = 40
 """Models of one stack when `models_per_trial` is `auto`: enough to fill the arithmetic, few enough to lose little."""
 
 

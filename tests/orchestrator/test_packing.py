@@ -49,7 +49,7 @@ def test_the_shortest_of_a_few_jobs_is_found_by_trying_all_ways() -> None:
         (32, 8, [4] * 8),
         (48, 3, [16] * 3),
         (4, 64, [1] * 4),  # more devices than models
-        (32 * 20, 1, [32] * 20),  # so many trials that the last ones do not count
+        (40 * 20, 1, [40] * 20),  # so many trials that the last ones do not count
     ],
 )
 def test_stacks_are_as_large_as_keeps_all_devices_busy(

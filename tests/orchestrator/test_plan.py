@@ -24,10 +24,10 @@ def test_stacks_hold_models_that_differ_only_per_model(write_study: Write) -> No
 
 
 def test_large_groups_are_cut_evenly(write_study: Write) -> None:
-    study = read_study(str(write_study()), ["width=2", "seeds=70"])
-    assert [len(trial.models) for trial in make_plan(study).trials] == [23, 24, 23]
-    assert [len(trial.models) for trial in make_plan(study, 10).trials] == [10] * 7
-    assert [len(trial.models) for trial in make_plan(study, 1).trials] == [1] * 70
+    study = read_study(str(write_study()), ["width=2", "seeds=100"])
+    assert [len(trial.models) for trial in make_plan(study).trials] == [33, 34, 33]
+    assert [len(trial.models) for trial in make_plan(study, 10).trials] == [10] * 10
+    assert [len(trial.models) for trial in make_plan(study, 1).trials] == [1] * 100
 
 
 def test_the_studys_own_stack_size_is_the_default(write_study: Write) -> None:
