@@ -14,8 +14,6 @@ from typing import Any
 
 def train(given: dict[str, Any]) -> None:
     """Train one model until its loss on the training set is low enough, and measure it."""
-    config = given["model"]
-    started = time.perf_counter()
     import torch
     from ray import tune
     from sklearn.datasets import load_digits
@@ -27,6 +25,7 @@ def train(given: dict[str, Any]) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from _published import Published
 
+    config, started = given["model"], time.perf_counter()
     torch.set_num_threads(1)
     torch.manual_seed(config["seed"])
     bunch = load_digits()
@@ -52,13 +51,17 @@ def train(given: dict[str, Any]) -> None:
                 loader.dataset
             )
 
-    for _ in range(config["epochs"]):
+    losses = {}
+    for epoch in range(1, config["epochs"] + 1):
         for x, y in loaders["train"]:
             optimizer.zero_grad()
             functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-        losses = {name: mean_loss(loader) for name, loader in loaders.items()}
-        if losses["train"] <= config["stop_loss"]:
+        losses["train"] = mean_loss(loaders["train"])
+        stops = losses["train"] <= config["stop_loss"]
+        if stops or epoch % config["eval_every"] == 0:
+            losses["test"] = mean_loss(loaders["test"])
+        if stops:
             break
     parts = Published(model, train_x, train_y).parts
     found = {name: parts[name].run(parts[name].units) for name in ("lpf", "eps_sharpness", "Lanczos")}

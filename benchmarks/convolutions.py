@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -41,7 +41,8 @@ from flatmin.trainables.job import plugin_settings
 from flatmin.trainables.trainer import StackTrainer, network_builder
 from flatmin.trial import Execution, Trial
 
-EXAMPLES, LR, WORKERS = 2048, 0.01, 2
+EXAMPLES = {"cpu": 2048, "cuda": 50_000}
+LR, WORKERS = 0.01, 2
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,16 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield Case("LeNet", {"network": "lenet"}, (1, 28, 28), batch)
 
 
-def images(case: Case) -> flatmin_dataset.Dataset:
+def images(case: Case, device: str) -> flatmin_dataset.Dataset:
     """Return generated images in ten classes."""
     draw = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (EXAMPLES, *case.shape), dtype=torch.uint8, generator=draw)
-    y = torch.randint(0, 10, (EXAMPLES,), generator=draw)
+    x = torch.randint(0, 256, (EXAMPLES[device], *case.shape), dtype=torch.uint8, generator=draw)
+    y = torch.randint(0, 10, (EXAMPLES[device],), generator=draw)
     mean, std = torch.full((case.shape[0], 1, 1), 0.5), torch.full((case.shape[0], 1, 1), 0.25)
     return flatmin_dataset.Dataset(x, y, x[:10], y[:10], mean, std, 10)
 
 
-def trial_of(case: Case, models: int) -> Trial:
+def trial_of(case: Case, models: int, precision: str = "fp32") -> Trial:
     """Return a trial of so many models that differ in their seeds."""
     study = {
         "study": "convolutions",
@@ -120,6 +121,7 @@ def trial_of(case: Case, models: int) -> Trial:
             "batch_size": case.batch,
             "lr": LR,
             "momentum": 0.9,
+            "precision": precision,
             "epochs": 1000,
             "eval_every": 1000,
             **case.settings,
@@ -132,9 +134,14 @@ def trial_of(case: Case, models: int) -> Trial:
         return Trial("benchmark", read_study(str(file)).models)
 
 
-def ours(case: Case, options: argparse.Namespace, vectorize: str = "auto") -> float:
+def ours(
+    case: Case,
+    options: argparse.Namespace,
+    vectorize: Literal["auto", "vmap", "loop"] = "auto",
+    precision: str = "fp32",
+) -> float:
     """Return seconds per model and step of one stack."""
-    trial, data = trial_of(case, options.models), images(case)
+    trial, data = trial_of(case, options.models, precision), images(case, options.device)
     build = network_builder(trial.program, case.shape, 10)
     execution = Execution(device=options.device, vectorize=vectorize, channels_last=options.channels_last)
     steps = StackTrainer(trial, data, build, execution).train()
@@ -151,9 +158,14 @@ def ours_loop(case: Case, options: argparse.Namespace) -> float:
     return ours(case, options, "loop")
 
 
+def ours_bf16(case: Case, options: argparse.Namespace) -> float:
+    """Return the same as `ours` with bf16 arithmetic, which `tuned` has too."""
+    return ours(case, options, precision="bf16")
+
+
 def resident(case: Case, options: argparse.Namespace, tuned: bool = False) -> float:
     """Return seconds per step of a plain loop over tensors in memory."""
-    data = images(case)
+    data = images(case, options.device)
     x, y = _normalised(data).to(options.device), data.train_y.to(options.device)
     network = network_builder(trial_of(case, 1).program, case.shape, 10)().to(options.device)
     if tuned:
@@ -190,9 +202,10 @@ class _OneByOne(Dataset[tuple[Tensor, Tensor]]):
 
 def dataloader(case: Case, options: argparse.Namespace) -> float:
     """Return seconds per step of the published loop."""
-    data = images(case)
+    data = images(case, options.device)
     one_by_one = _OneByOne(TensorDataset(_normalised(data), data.train_y), case.shape[1])
-    loader = DataLoader(one_by_one, case.batch, shuffle=True, num_workers=WORKERS if options.device == "cuda" else 0)
+    own = {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": True} if options.device == "cuda" else {}
+    loader = DataLoader(one_by_one, case.batch, shuffle=True, **own)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -250,9 +263,18 @@ def main() -> None:
     prepare_arithmetic()
     who = {"ours": ours, "ours, side by side": ours_vmap, "resident": resident, "dataloader": dataloader}
     if options.device == "cuda":
-        who = {"ours": ours, "ours, one by one": ours_loop, "tuned": tuned, **{k: who[k] for k in list(who)[2:]}}
+        who = {
+            "ours": ours,
+            "ours, bf16": ours_bf16,
+            "ours, one by one": ours_loop,
+            "tuned": tuned,
+            **{k: who[k] for k in list(who)[2:]},
+        }
+    batches = ", ".join(map(str, options.batches))
     head = ("network", "batch", "models", "who", "ms per model and step", "spread", "times ours", "spread ", "of peak")
-    table = Table(*head, title="Stacks of convolutional networks beside one model at a time")
+    table = Table(
+        *head, title=f"Stacks of {options.models} convolutional networks, beside one model at a time, batch {batches}"
+    )
     peak = matmul_peak(options.device)
     for case in cases(options):
         operations = (

@@ -55,8 +55,10 @@ def trained(trial: Trial) -> list[Taken]:
     trainer = StackTrainer(
         trial, dataset, network_builder(trial.program, dataset.input_shape, dataset.classes), Execution()
     )
+    steps = trainer.train()
+    next(steps)  # which also sets up
     taken, models, started = [], len(trial.models), time.process_time()
-    for progress in trainer.train():
+    for progress in steps:
         now = time.process_time()
         frozen = len(progress.alive) - int(progress.running.sum())
         taken.append(Taken(now - started, models, frozen))
@@ -88,8 +90,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     prepare_arithmetic()
+    sizes = f"widths {_listed(options.widths)}, batches {_listed(options.batches)}"
     head = ("width", "batch", "models", "at the end", "CPU s", "frozen", "small", "kept whole")
-    table = Table(*head, title=f"Stacks of {STUDY}, trained until their models stop")
+    table = Table(*head, title=f"Stacks of {STUDY}, trained until their models stop; {sizes}")
     sums = [0.0, 0.0, 0.0]
     for width in options.widths:
         for batch in options.batches:
@@ -101,6 +104,10 @@ def main() -> None:
     share = (f"{100 * frozen / total:.1f} %", f"{100 * small / total:.0f} %")
     table.add_row("all", "", "", "", f"{total:.1f}", *share, "")
     show(table, "early_stop", ("torch",))
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 if __name__ == "__main__":

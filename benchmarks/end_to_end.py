@@ -2,9 +2,10 @@
 
 Ours is the whole command `flatmin-sweep launch digits-sharpness`, its start included, by the clock. The peer
 (`_plain_tune.py`) trains and measures a sample of the same models, spread over the grid, as the published codes do: a
-DataLoader, a pass over the training and the test set after each epoch, 100 passes for `lpf`, bisections for
-`eps_sharpness`, 2 x 100 Lanczos steps for `lambda_max` and the trace. Of it the seconds of its trials alone are
-counted, as if Ray cost it nothing, and scaled to all models on as many slots as the machine has cores.
+DataLoader, a pass over the training set after each epoch and over the test set as often as ours, 100 passes for `lpf`,
+bisections for `eps_sharpness`, 2 x 100 Lanczos steps for `lambda_max` and the trace. Of it the seconds of its trials
+alone are counted, imports left out, as if Ray cost it nothing, and scaled to all models on as many slots as the machine
+has cores.
 
 By the clock, so it needs a machine on which nothing else runs.
 

@@ -1,8 +1,7 @@
 """Costs of programs that earlier commands have counted, so that the next one need not load torch for them.
 
-A file for each, in `costs/` where data sets lie. Its name tells all that a count depends on: the program, the files of
-this package and of plug-ins from elsewhere, the versions of torch and torchvision, and what lies beside it. Files of
-another such state are removed.
+A file for each, in `costs/` where data sets lie. Its name tells what a count depends on: the program, the files of this
+package and of plug-ins from elsewhere, the versions of torch and torchvision, and the data sets that are there.
 """
 
 from __future__ import annotations
@@ -10,24 +9,35 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import flatmin
-from flatmin.annotations import source
 from flatmin.files import data_root, write_atomically
+from flatmin.labels import parse_label
 from flatmin.plugins import Plugin, get, optimizer_parts
 from flatmin.settings import digest
+
+_DAYS = 30
+"""For so long what nobody asked for again is kept."""
+
+_DEEP = 3
+"""Folders of a data set that are looked into, one within the other."""
 
 
 class KeptCosts:
     """The costs that are kept, as things stand now."""
 
     def __init__(self) -> None:
-        self._folder = data_root() / "costs"
-        self._state = _state(self._folder)
+        self._folder, self._state = Path(), ""
+        with contextlib.suppress(OSError, RuntimeError, metadata.PackageNotFoundError):  # then all is counted
+            self._folder = data_root() / "costs"
+            versions = [metadata.version(name) for name in ("torch", "torchvision")]
+            here = _stamps(Path(flatmin.__file__).parent, ".py")
+            self._state = digest([versions, here, _data_sets(self._folder)])
 
     def read(self, program: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the cost of a program, or None where it has to be counted."""
@@ -40,23 +50,27 @@ class KeptCosts:
 
     def write(self, programs: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> None:
         """Keep what was counted, where the disk can be written; never why something could not be."""
+        files = [
+            self._file(program) if "n_params" in cost else None for program, cost in zip(programs, costs, strict=True)
+        ]
         with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for program, cost in zip(programs, costs, strict=True):
-                file = self._file(program)
-                if file is not None and "n_params" in cost:
+            for file, cost in zip(files, costs, strict=True):
+                if file is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(file, json.dumps(cost).encode())
-            for file in self._folder.glob("*.json"):
-                if not file.name.startswith(self._state):
+            for file in self._folder.glob("*-*.json") if self._state else ():
+                if file.stat().st_mtime < time.time() - _DAYS * 86400:
                     file.unlink(missing_ok=True)
 
     def _file(self, program: Mapping[str, Any]) -> Path | None:
         """Return where the cost of a program is kept; None where it may change with files that nobody knows of."""
-        parts = [get("network", str(program["network"])), *optimizer_parts(str(program["optimizer"]))]
-        files = [source(plugin.module) for plugin in parts if _foreign(plugin)]
-        if _foreign(get("dataset", str(program["dataset"]))) or None in files:
+        dataset = get("dataset", str(program["dataset"]))
+        if not self._state or _foreign(dataset):
             return None
-        stamps = [(str(found.file), *_stamp(found.file)) for found in files if found is not None]
+        measures = [get("measure", parse_label(text).measure) for text in program.get("measures", ())]
+        parts = [get("network", str(program["network"])), *optimizer_parts(str(program["optimizer"])), *measures]
+        foreign = sorted({plugin.module.partition(".")[0] for plugin in parts if _foreign(plugin)})
+        stamps = [stamp for name in foreign for place in _places(name) for stamp in _stamps(place, ".py")]
         return self._folder / f"{self._state}-{digest([program, stamps])}.json"
 
 
@@ -64,16 +78,41 @@ def _foreign(plugin: Plugin) -> bool:
     return not plugin.module.startswith("flatmin.")
 
 
-def _state(folder: Path) -> str:
-    walk = os.walk(Path(flatmin.__file__).parent, followlinks=True)
-    files = [Path(place, name) for place, _, names in walk for name in names]
-    code = sorted((str(file), *_stamp(file)) for file in files if file.suffix == ".py")
-    beside = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
-    data = [(str(place), *_stamp(place)) for place in beside if place != folder]
-    versions = [metadata.version(name) for name in ("torch", "torchvision")]
-    return digest([code, data, versions])
+def _places(package: str) -> Iterator[Path]:
+    """Return the file of a module, or the folders of a package, without importing it."""
+    spec = util.find_spec(package)
+    if spec is not None:
+        yield from map(Path, spec.submodule_search_locations or filter(None, [spec.origin]))
 
 
-def _stamp(place: Path) -> tuple[int, int]:
-    found = place.stat()
-    return found.st_mtime_ns, found.st_size
+def _stamps(place: Path, ending: str, deep: int | None = None) -> list[tuple[str, int, int]]:
+    """Return path, time and size of the files of a folder, or of a file itself; nothing is followed out of it.
+
+    Args:
+        place: The folder or file.
+        ending: How the names of files end that count.
+        deep: How many folders are looked into, one within the other; all when None.
+    """
+    if not place.is_dir():
+        return [_stamp(place)]
+    found = []
+    for folder, folders, files in os.walk(place, followlinks=deep is None):
+        if deep is not None and len(Path(folder).relative_to(place).parts) >= deep - 1:
+            found += [_stamp(Path(folder, name)) for name in folders]
+            folders.clear()
+        found += [_stamp(Path(folder, name)) for name in files if name.endswith(ending)]
+    return sorted(found)
+
+
+def _data_sets(costs: Path) -> list[tuple[str, int, int]]:
+    root = costs.parent
+    places = [place for place in sorted(root.iterdir()) if place != costs] if root.is_dir() else []
+    return [stamp for place in places for stamp in [_stamp(place), *_stamps(place, "", _DEEP)]]
+
+
+def _stamp(place: Path) -> tuple[str, int, int]:
+    try:
+        found = place.stat()
+    except OSError:  # a link that leads nowhere, a file that has just gone
+        return str(place), 0, 0
+    return str(place), found.st_mtime_ns, found.st_size

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Thread
 from typing import Any, Literal
 
 from rich.console import Console
@@ -359,9 +360,22 @@ def _run(results: Results, todo: Missing, options: LaunchOptions, console: Conso
             return run_inline(results, jobs(estimate(trials)), options.run, display)
         from flatmin.orchestrator.tune import run_on_ray  # ray is loaded when it is used
 
-        with ThreadPoolExecutor(1) as beside:  # what trials cost is counted by another process while Ray starts
-            cost = beside.submit(estimate, trials)
-            return run_on_ray(results, lambda: jobs(cost.result()), options.run, display, lease)
+        cost = _beside(lambda: estimate(trials))  # counted by another process while Ray starts
+        return run_on_ray(results, lambda: jobs(cost.result()), options.run, display, lease)
+
+
+def _beside(work: Callable[[], Estimate]) -> Future[Estimate]:
+    """Do some work in a thread that nothing has to wait for, an interrupt least of all."""
+    future: Future[Estimate] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def _inline_device(run: RunOptions) -> str:

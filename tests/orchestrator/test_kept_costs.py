@@ -46,17 +46,45 @@ def test_what_was_counted_is_read_again_and_the_rest_is_counted(monkeypatch: pyt
     assert asked == [1, 1]
 
 
-def test_a_data_set_that_has_come_is_looked_at(root: Path) -> None:
+def test_a_data_set_that_comes_or_changes_is_looked_at(root: Path) -> None:
     program = programs()[0]
     KeptCosts().write([program], [COST])
     assert KeptCosts().read(program) == COST
-    (root / "mnist").mkdir()
-    assert KeptCosts().read(program) is None
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for change in (lambda: None, lambda: (raw / "images").write_text("0"), lambda: (raw / "images").write_text("01")):
+        change()
+        assert KeptCosts().read(program) is None
+        KeptCosts().write([program], [COST])
+        assert KeptCosts().read(program) == COST
+
+
+def test_what_nobody_asks_for_is_removed(root: Path) -> None:
+    one, other = programs()
+    KeptCosts().write([one], [COST])
+    (old,) = (root / "costs").iterdir()
+    os.utime(old, (1, 1))
+    KeptCosts().write([other], [COST])
+    assert KeptCosts().read(one) is None
+    assert KeptCosts().read(other) == COST
+
+
+def test_a_link_that_leads_nowhere_does_no_harm(root: Path) -> None:
+    root.mkdir()
+    (root / "imagenet").symlink_to(root / "unmounted")
+    program = programs()[0]
     KeptCosts().write([program], [COST])
-    os.utime(root / "mnist", ns=(1, 1))
-    assert KeptCosts().read(program) is None
+    assert KeptCosts().read(program) == COST
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("flatmin.orchestrator.kept_costs.data_root", nowhere)
+    program = programs()[0]
     KeptCosts().write([program], [COST])
-    assert len(list((root / "costs").iterdir())) == 1, "those of states that are past are removed"
+    assert KeptCosts().read(program) is None
 
 
 def test_reasons_and_damage_are_not_kept(root: Path) -> None:
@@ -69,23 +97,24 @@ def test_reasons_and_damage_are_not_kept(root: Path) -> None:
     assert kept.read(other) is None
 
 
-def test_of_foreign_plugins_networks_are_kept_until_their_file_changes_and_data_sets_never(
+def test_of_foreign_plugins_networks_are_kept_until_their_package_changes_and_data_sets_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("nets", "sets"):
-        (tmp_path / f"{name}.py").write_text("")
+    for name in ("__init__", "net", "blocks"):
+        (tmp_path / "my_nets").mkdir(exist_ok=True)
+        (tmp_path / "my_nets" / f"{name}.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     own = {
-        "network": Plugin("network", "nets", "nets", "nets", "Module", {}, ""),
+        "network": Plugin("network", "net", "my_nets.net", "net", "Module", {}, ""),
         "dataset": get("dataset", "digits"),
     }
     monkeypatch.setattr("flatmin.orchestrator.kept_costs.get", lambda kind, name: own[kind])
     program = programs()[0]
     KeptCosts().write([program], [COST])
     assert KeptCosts().read(program) == COST
-    (tmp_path / "nets.py").write_text("changed")
+    (tmp_path / "my_nets" / "blocks.py").write_text("changed")
     assert KeptCosts().read(program) is None
-    own["dataset"] = Plugin("dataset", "sets", "sets", "sets", "Dataset", {}, "")
+    own["dataset"] = Plugin("dataset", "net", "my_nets.net", "net", "Dataset", {}, "")
     KeptCosts().write([program], [COST])
     assert KeptCosts().read(program) is None
 

@@ -173,6 +173,33 @@ def test_a_buffer_that_is_assigned_anew_moves_as_in_the_module(batch: Batch, vec
     assert kept.abs().sum() > 0
 
 
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(72, 4).double()
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(x.flatten(1))
+        self.mean.mul_(0.9).add_(0.1 * out.mean(0))
+        return out - self.mean.detach().clone()
+
+
+@pytest.mark.parametrize("models", [1, 3])
+def test_a_buffer_that_is_changed_in_place_moves_as_in_the_module(batch: Batch, models: int) -> None:
+    modules = [InPlace() for _ in range(models)]
+    params, buffers = StackedNetwork.stack(modules)
+    some = Batch(batch.x[:models], batch.y[:models])
+    leaf = params.clone().requires_grad_()
+    losses = StackedNetwork(modules[0], "loop").losses(leaf, buffers, some, train=True)
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    for k, module in enumerate(modules):
+        functional.cross_entropy(module(some.x[k]), some.y[k]).backward()
+        torch.testing.assert_close(buffers["mean"][k].detach(), module.mean.detach(), rtol=0, atol=1e-12)
+        own = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        torch.testing.assert_close(grad[k], own, rtol=0, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 def test_a_lazy_layer_is_refused_with_its_name() -> None:
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))

@@ -195,9 +195,7 @@ class StackedNetwork:
         self, forward: _OneModel, tensors: dict[str, Tensor], keys: Tensor, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         before = None if torch.compiler.is_compiling() else torch.get_rng_state()
-        # taken apart at once, for each `tensor[k]` would be zeros for all K on the way back; and for one model a view
-        alone = len(keys) == 1
-        rows = {name: (tensor.squeeze(0),) if alone else tensor.unbind() for name, tensor in tensors.items()}
+        rows = {name: self._apart(name, tensor) for name, tensor in tensors.items()}
         found = [
             forward({name: own[k] for name, own in rows.items()}, keys[k], batch.x if batch.shared else batch.x[k])
             for k in range(len(keys))
@@ -206,6 +204,16 @@ class StackedNetwork:
             raise RequestError(_DRAWS if self.template.training else _RANDOM_IN_EVAL)
         assigned = {name: torch.stack([own[name] for _, own in found]) for name in found[0][1]}
         return torch.stack([outputs for outputs, _ in found]), assigned
+
+    def _apart(self, name: str, tensor: Tensor) -> Sequence[Tensor] | Tensor:
+        """Return what holds each model's part of a tensor `[K, ...]`.
+
+        Weights come apart at once, for each `tensor[k]` would be zeros for all K on the way back. Buffers do not: the
+        network may change its own in place, and autograd forbids that of what came apart so.
+        """
+        if len(tensor) == 1:
+            return [tensor.squeeze(0)]
+        return tensor.unbind() if name in self._named else tensor
 
     def _vmap(
         self, forward: _OneModel, tensors: dict[str, Tensor], keys: Tensor, batch: Batch
