@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,10 +30,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 
 SLOTS, STACK = 2, 32
@@ -223,16 +221,6 @@ def memory(budget: float, planned: tuple[int, ...], peers: tuple[int, ...]) -> T
     return table
 
 
-def machine() -> str:
-    """Return what the figures were taken on."""
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("ray", "torch", "pyarrow"))
-    load = os.getloadavg()[0]
-    return (
-        f"{platform.processor() or platform.machine()} {platform.system()}, {len(os.sched_getaffinity(0))} cores, load "
-        f"{load:.1f}, Python {platform.python_version()}, {versions}"
-    )
-
-
 def main() -> None:
     """Measure what was asked for, or all of it."""
     from _resume import resumes
@@ -249,16 +237,22 @@ def main() -> None:
     parser.add_argument("--long-models", type=int, default=10_000, help="models of the long launch")
     given = parser.parse_args()
     planned = tuple(int(count) for count in given.planned.split(","))
-    console = Console(width=180)
+
+    def found(table: Table, title: str) -> None:
+        table.title = title
+        about = f"load {os.getloadavg()[0]:.1f}"
+        show(table, "orchestrator", ("ray", "torch", "pyarrow"), threads=None, about=about)
+
     if "overhead" in given.parts:
-        console.print(overhead(given.models, given.peers_models, given.repetitions))
+        title = f"Beside the work: {given.models} one-second models, {given.peers_models} of plain Ray Tune"
+        found(overhead(given.models, given.peers_models, given.repetitions), title)
     if "memory" in given.parts:
-        console.print(memory(given.budget, planned, planned[:2]))
+        found(memory(given.budget, planned, planned[:2]), f"Memory of the driver, {given.planned} planned")
     if "scan" in given.parts:
-        console.print(resumes(given.finished, tuple(int(size) for size in given.stacks.split(","))))
+        sizes = tuple(int(size) for size in given.stacks.split(","))
+        found(resumes(given.finished, sizes), f"A resume of {given.finished:,} models, in stacks of {given.stacks}")
     if "long" in given.parts:
-        console.print(at_length(given.long_models))
-    console.print(machine(), highlight=False)
+        found(at_length(given.long_models), f"{given.long_models:,} one-second models, a whole launch")
 
 
 if __name__ == "__main__":

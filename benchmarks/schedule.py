@@ -26,12 +26,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from _figures import show
 from rich.table import Table
 
 from flatmin.orchestrator.estimate import all_epochs, trial_costs
 from flatmin.orchestrator.packing import balanced
-from flatmin.orchestrator.plan import make_plan, program_key
+from flatmin.orchestrator.plan import LARGEST_AUTO_STACK, make_plan, program_key
 from flatmin.orchestrator.rates import Line, Rates, list_schedule, longest_first, trial_passes, trial_seconds
 from flatmin.orchestrator.study import Study, read_study
 from flatmin.trial import Trial
@@ -144,12 +144,13 @@ def main() -> None:
     table = Table(
         "GPUs", "what", "stacks", "trials", "GPU-hours", "makespan, h", "lower bound, h", "ratio", "utilisation"
     )
+    table.title = f"Simulated: {len(ends)} models on {given.gpus} GPUs"
     for gpus in map(int, given.gpus.split(",")):
         ways = {"published": {"one model each": published(study, costs, ends, gpus)}}
         for name, measured in (("training", False), ("training and measures", True)):
             ways[name] = {
                 stacks: ours(study, costs, largest, ends, gpus, measured=measured)
-                for stacks, largest in (("auto", 32), ("balanced", "balanced"), ("one model each", 1))
+                for stacks, largest in (("auto", LARGEST_AUTO_STACK), ("balanced", "balanced"), ("one model each", 1))
             }
         for name, found in ways.items():
             least = min(one.bound for one in found.values())
@@ -157,14 +158,12 @@ def main() -> None:
                 hours = (f"{second / 3600:.2f}" for second in (one.seconds, one.makespan, one.bound))
                 ratio = f"{one.makespan / least:.2f}"
                 table.add_row(str(gpus), name, stacks, str(one.trials), *hours, ratio, f"{one.utilisation:.0%}")
-    console = Console(width=160)
-    console.print(table)
     mean = sum(ends.values()) / len(ends)
-    console.print(
+    about = (
         f"simulated: {len(ends)} models, mean {mean:.0f} epochs; stated {ACHIEVED:.0e} operations/s and {LAUNCHES:.0e} "
-        f"s a layer; seed {given.seed}",
-        highlight=False,
+        f"s a layer; seed {given.seed}"
     )
+    show(table, "schedule", ("flatmin-sweep",), about=about)
 
 
 if __name__ == "__main__":
