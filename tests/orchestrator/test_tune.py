@@ -67,7 +67,7 @@ def test_ray_and_inline_give_the_same_rows_from_few_workers_and_say_one_line(
     done = subprocess.run([*command, "--results", str(tmp_path / "ray")], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == "8 models trained, 0 of 8 remain"
-    assert all(" models/min" in line for line in done.stderr.splitlines()[:-1]), done.stderr
+    assert all(" of 8 models" in line for line in done.stderr.splitlines()[:-1]), done.stderr
     launch(str(study), tmp_path / "inline", ["seeds=4", "epochs=60"], LaunchOptions(inline=True))
     tables = []
     for name in ("ray", "inline"):
