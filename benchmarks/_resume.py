@@ -17,8 +17,8 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from flatmin.compact import compact
-from flatmin.orchestrator.launch import write_plan
 from flatmin.orchestrator.plan import Plan, make_plan
+from flatmin.orchestrator.planned import write_plan
 from flatmin.orchestrator.study import read_study
 from flatmin.results import Results
 from flatmin.tables import schema
@@ -34,7 +34,7 @@ LOOK = """
 import json, sys, time
 from rich.console import Console
 from flatmin.orchestrator.heal import heal
-from flatmin.orchestrator.launch import what_is_missing
+from flatmin.orchestrator.planned import what_is_missing
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
 from flatmin.results import Results

@@ -26,13 +26,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from _figures import show
+from _plugged_in import plugged_in
 from rich.table import Table
 
 SLOTS, STACK = 2, 32
@@ -93,18 +93,10 @@ tuner.fit()
 
 
 @contextmanager
-def plugged_in() -> Iterator[tuple[Path, dict[str, str]]]:
-    """Give a folder with the study, and the environment in which the plug-in is installed."""
-    with tempfile.TemporaryDirectory(prefix="naps-") as name:
-        folder = Path(name)
-        (folder / "nap.py").write_text(NETWORK)
-        (folder / "naps.yaml").write_text(STUDY)
-        info = folder / "naps-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: naps\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text("[flatmin.networks]\nnap = nap:nap\n")
-        path = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH", "")]))
-        yield folder, {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": name}
+def napping() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Give a folder with the study, and the environment in which its network is installed and nothing is kept."""
+    with plugged_in("nap", NETWORK, STUDY) as (folder, environment):
+        yield folder, environment | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
 
 
 def launch_line(folder: Path, models: int, results: str, *more: str, stack: int = 1) -> list[str]:
@@ -112,7 +104,7 @@ def launch_line(folder: Path, models: int, results: str, *more: str, stack: int 
     settings = [f"seeds={models}", f"epochs={stack}", f"eval_every={stack}"]
     more = (*more, "--models-per-trial", str(stack))
     where = ["--results", str(folder / results), "--gpus-per-trial", "0"]
-    line = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(folder / "naps.yaml"), *settings, *where]
+    line = [sys.executable, "-m", "flatmin.orchestrator", "launch", str(folder / "study.yaml"), *settings, *where]
     return [*line, "--cpus-per-trial", f"{len(os.sched_getaffinity(0)) / SLOTS:g}", *more]
 
 
@@ -130,7 +122,7 @@ def seconds(line: list[str], environment: dict[str, str]) -> float:
 
 def overhead(models: int, peers_models: int, repetitions: int) -> Table:
     """Compare the time beside the work, the contenders in turn."""
-    with plugged_in() as (folder, environment):
+    with napping() as (folder, environment):
         runs: dict[str, tuple[int, Callable[[int], list[str]]]] = {
             "ours": (models, lambda turn: launch_line(folder, models, f"r{turn}")),
             "ours, started and ended": (SLOTS, lambda turn: launch_line(folder, SLOTS, f"s{turn}")),
@@ -198,7 +190,7 @@ def at_length(models: int) -> Table:
     table = Table(
         "models", "stacks of", "seconds", "ideal", "over the ideal", "driver, most, MB", "under way, MB", "files"
     )
-    with plugged_in() as (folder, environment):
+    with napping() as (folder, environment):
         started = time.perf_counter()
         most, under_way = resident(launch_line(folder, models, "r", stack=STACK), environment)
         taken, ideal = time.perf_counter() - started, math.ceil(models / STACK) * STACK / SLOTS
@@ -211,7 +203,7 @@ def at_length(models: int) -> Table:
 def memory(budget: float, planned: tuple[int, ...], peers: tuple[int, ...]) -> Table:
     """Compare the drivers' memory against the number of planned models."""
     table = Table("who", "planned models", "most, MB", "under way, MB")
-    with plugged_in() as (folder, environment):
+    with napping() as (folder, environment):
         for count in planned:
             line = launch_line(folder, count, f"m{count}", "--time-budget", f"{budget:g}s")
             table.add_row("ours", f"{count:,}", *(f"{size:.0f}" for size in resident(line, environment)))

@@ -11,18 +11,16 @@ networks when they first see them, and keep the counts: `first` has none kept, `
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from _figures import show
+from _plugged_in import plugged_in
 from rich.table import Table
 
 NETWORK = '''"""A linear layer that notes when it is first trained."""
@@ -75,22 +73,6 @@ tune.Tuner(train, run_config=tune.RunConfig(verbose=0)).fit()
 FLATMIN = [sys.executable, "-m", "flatmin.orchestrator"]
 
 
-@contextmanager
-def plugged_in() -> Iterator[tuple[Path, dict[str, str]]]:
-    """Give a folder with the study, and the environment in which the plug-in is installed and nothing is kept."""
-    with tempfile.TemporaryDirectory(prefix="noted-") as name:
-        folder = Path(name)
-        (folder / "noted.py").write_text(NETWORK)
-        (folder / "noted.yaml").write_text(STUDY)
-        info = folder / "noted-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noted\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text("[flatmin.networks]\nnoted = noted:noted\n")
-        path = os.pathsep.join(filter(None, [name, os.environ.get("PYTHONPATH", "")]))
-        kept = {"NOTED": str(folder / "note"), "FLATMIN_DATA": str(folder / "data"), "PYTHONPATH": path}
-        yield folder, {**os.environ, **kept}
-
-
 def whole(line: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Return wall and CPU seconds of a command."""
     before, started = _cpu(), time.monotonic()
@@ -122,14 +104,15 @@ def main() -> None:
         found.setdefault(name, []).append(timed(line, environment))
 
     for _ in range(repetitions):
-        with plugged_in() as (folder, environment):
+        with plugged_in("noted", NETWORK, STUDY) as (folder, environment):
+            environment |= {"NOTED": str(folder / "note"), "FLATMIN_DATA": str(folder / "data")}
             note("import torch", whole, [sys.executable, "-c", "import torch"])
             note("flatmin-sweep --help", whole, [*FLATMIN, "--help"])
             for turn in ("first", "again"):
                 note(f"plan of 2,916 models, {turn}", whole, [*FLATMIN, "plan", "lpf-sharpness"])
             for turn, more in (("first", []), ("again", []), ("again, --inline", ["--inline"])):
                 results = ["--results", str(folder / turn)]
-                launch = [*FLATMIN, "launch", str(folder / "noted.yaml"), *results, *more]
+                launch = [*FLATMIN, "launch", str(folder / "study.yaml"), *results, *more]
                 note(f"launch, to the first step, {turn}", first_step, launch)
             note("plain Ray Tune, to the first step", first_step, [sys.executable, "-c", TUNE])
     table = Table("command", "wall s", "spread", "CPU s", "spread ", title="Before anything is done")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -15,9 +14,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from flatmin.bucket import BucketPath, Place
-from flatmin.compact import compact_many, forget
+from flatmin.compact import compact_many
 from flatmin.errors import RequestError, ResultsError
-from flatmin.files import write_atomically
 from flatmin.labels import parse_label
 from flatmin.lease import Lease
 from flatmin.orchestrator.estimate import Estimate, estimate
@@ -25,15 +23,22 @@ from flatmin.orchestrator.grid import MOST_MODELS, NAMES
 from flatmin.orchestrator.heal import heal, lost_weights
 from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.packing import share_of_a_gpu, with_balanced
-from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan, missing
+from flatmin.orchestrator.plan import Missing, Plan, check_sets, make_plan
+from flatmin.orchestrator.planned import (
+    leave_weights_out,
+    measured_at_end_alone,
+    refused,
+    train_where_weights_are_left_out,
+    what_is_missing,
+    write_plan,
+)
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.rates import longest_first
 from flatmin.orchestrator.runner import RunOptions
-from flatmin.orchestrator.study import Study, read_study
+from flatmin.orchestrator.study import read_study
 from flatmin.orchestrator.study_file import Resources
 from flatmin.plugins import program_arguments
-from flatmin.results import Results, now
-from flatmin.settings import digest
+from flatmin.results import Results
 from flatmin.trial import Execution, Job, Model, Trial
 
 
@@ -278,66 +283,6 @@ def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Co
 
 def _distinct(trials: Sequence[Trial]) -> int:
     return len({model.model_id for trial in trials for model in trial.models})
-
-
-def what_is_missing(results: Results, plan: Plan) -> Missing:
-    """Return what of a plan is not in a results directory."""
-    models = results.table("models").select(["model_id", "trial_id", "status"])
-    return missing(plan, zip(*(column.to_pylist() for column in models.columns), strict=True), results.measured())
-
-
-def measured_at_end_alone(results: Results, plan: Plan) -> int:
-    """Return how many models of a plan that asks for measures under way were trained, and have none."""
-    every = {
-        model.model_id: trial.measure_every
-        for trial in plan.trials
-        if trial.measure_every and trial.measures
-        for model in trial.models
-    }
-    models = results.table("models").select(["model_id", "epochs_run"]).to_pylist() if every else []
-    ended = {row["model_id"]: row["epochs_run"] for row in models if row["model_id"] in every}
-    rows = results.table("sharpness").select(["model_id", "epoch"]).to_pylist() if ended else []
-    under_way = {row["model_id"] for row in rows if row["epoch"] < ended.get(row["model_id"], 0)}
-    return sum(epochs > (every[model_id] or 0) and model_id not in under_way for model_id, epochs in ended.items())
-
-
-def refused(results: Results, done: Missing) -> dict[str, str]:
-    """Return the measures that could not be taken of some of the models that were missing, and why."""
-    new = {model.model_id for trial in (*done.train, *done.measure) for model in trial.models}
-    rows = results.table("sharpness").select(["model_id", "label", "settings"]).to_pylist() if new else []
-    reasons = {
-        row["label"]: json.loads(row["settings"]).get("refused")
-        for row in rows
-        if row["model_id"] in new and '"refused"' in row["settings"]
-    }
-    return dict(sorted(reasons.items()))
-
-
-def write_plan(results: Results, plan: Plan, study: Study) -> None:
-    """Write the plan's models and the resolved study."""
-    planned_at = now()
-    rows = (
-        {"model_id": model.model_id, "study": plan.study, **model.settings, "planned_at": planned_at}
-        for model in plan.models
-    )
-    name = digest([model.model_id for model in plan.models])
-    if not results.table_file("plan", name).exists():
-        results.write("plan", name, rows, study.arguments)
-    write_atomically(results.study_file, study.to_yaml().encode())
-
-
-def leave_weights_out(results: Results) -> None:
-    """Write down that weights which are not there have not been lost."""
-    header = {**results.check_schema(), "weights": False}
-    write_atomically(results.header_file, json.dumps(header, indent=2).encode())
-
-
-def train_where_weights_are_left_out(results: Results, plan: Plan) -> None:
-    """Take models that lack a measure out of results that came without weights, so that they are trained again."""
-    lacking = {trial.trial_id for trial in what_is_missing(results, plan).measure}
-    without = [trial_id for trial_id in lacking if not results.weights_file(trial_id).exists()]
-    if without:
-        forget(results, "models", without)
 
 
 def _run(results: Results, todo: Missing, options: LaunchOptions, console: Console, lease: Lease, planned: int) -> bool:
