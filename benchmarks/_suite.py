@@ -80,6 +80,8 @@ def suite(subject: Trained, options: argparse.Namespace) -> Iterator[tuple[Table
         run_published(subject, options, found)
     size = f"{options.examples} examples, width {options.width}"
     part = "" if options.full else f"{100 * options.fraction:g} % of the published loops were run, and scaled"
+    if options.published_examples < options.examples:
+        part += f"; their passes were over {options.published_examples} of the examples, and scaled as well"
     yield by_measure(found, options, f"The suite against the published procedure, measure by measure: {size}"), NOTE
     yield as_a_whole(found, options, f"The suite against the published procedure, as a whole: {size}"), part
 
@@ -99,14 +101,15 @@ def ours(found: Suite, options: argparse.Namespace) -> list[tuple[Timer, int | N
 
 def run_published(subject: Trained, options: argparse.Namespace, found: Suite) -> None:
     """Run the published procedure, or a fraction of each of its loops, and note the scaled seconds."""
-    procedure, wall = Published(subject.model, subject.x, subject.y), 0.0
+    fewer = subject.first(options.published_examples)
+    procedure, wall = Published(fewer.model, fewer.x, fewer.y), 0.0
     for name, part, units in procedure.runs(1.0 if options.full else options.fraction):
         if all(served in options.without for served in (SERVED_BY_LANCZOS if name == "Lanczos" else (name,))):
             continue
         timer = Timer()
         with timer.running():
             value = part.run(units)
-        scale = part.units / units
+        scale = part.units / units * options.examples / options.published_examples
         found.published.setdefault(name, []).append(timer.median() * scale)
         wall += timer.wall[0] * scale
         found.values[name] = f"{value:.4g}" + ("" if units == part.units else f" ({units} of {part.units})")

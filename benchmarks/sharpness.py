@@ -63,6 +63,9 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--epochs", type=int, default=15, help="of training")
     parser.add_argument("--fraction", type=float, default=0.03, help="of the published procedure's loops")
+    parser.add_argument(
+        "--published-examples", type=int, help="examples of its passes, whose seconds are scaled (default: all)"
+    )
     parser.add_argument("--pilot", type=int, default=8, help="probes from which a peer's variance is taken")
     parser.add_argument("--products", type=int, help="the most that ours may take beside peers, twice for a density")
     parser.add_argument("--repetitions", type=int, help="of the suite and of the peers (default 1; large: 3)")
@@ -80,6 +83,7 @@ def read_options() -> argparse.Namespace:
     if options.only_subset and not options.subset:
         parser.error("--only-subset needs --subset")
     options.peer_examples = min(options.examples, options.peer_examples or (512 if options.large else 16))
+    options.published_examples = min(options.examples, options.published_examples or options.examples)
     options.repetitions = options.repetitions or (3 if options.large else 1)
     options.product_repetitions = options.product_repetitions or (5 if options.large else 2)
     options.products = options.products or (128 if options.large else 32)

@@ -23,10 +23,11 @@ _LEAST_STEPS = 16
 """Steps before a value may count as converged: a start vector that hardly meets the top eigenvector can rest on the
 second one for a while, with a small residual. The trace deflates with as many vectors, and they are shared."""
 
-_EARLY_STEPS, _EARLY_SHARE, _EARLY_TOLERANCE = 8, 0.1, 0.01
-"""From 8 steps on a residual of a tenth of the tolerance will do, where the tolerance is 0.01 or more: of 1000 starts
-under the eigenvalues 3 and 2.98, 2.88, 2.7 or 2 beside 198 up to 1, one in fifty rested on the second at a gap of 0.7 %
-and none at a larger one. So the whole tolerance is the stderr then, which holds such a neighbour."""
+_EARLY_TOLERANCE, _EARLY = 0.01, ((6, 0.02), (8, 0.1))
+"""Where the tolerance is 0.01 or more, a residual of a fiftieth of it will do from 6 steps on and of a tenth from 8. Of
+2000 starts under the eigenvalues 3 and 2.98, 2.95, 2.9, 2.88, 2.7, 2.5, 2 or 1.5 beside 198 up to 1, at most 0.6 % rested
+on the second at a gap of more than the tolerance of 0.02 (0.2 % if none stops before 8). So the whole tolerance is the
+stderr then, which holds a closer neighbour."""
 
 
 def lambda_max(
@@ -43,7 +44,8 @@ def lambda_max(
     error is of the order of stderr^2 / (gap to the next eigenvalue). The bound speaks of some eigenvalue; that it
     is the largest is likely after 16 steps from a random start, and not certain: for eigenvalues 0.5, 0.4, 0.2 and less
     beside others down to -100, one of 100 starts rested on 0.4 at a tolerance of 0.05, and none at 0.005. A tolerance
-    of 0.01 or more may be met after 8 steps, by a residual of a tenth of it; `stderr` is then the tolerance.
+    of 0.01 or more may be met after 6 steps, by a residual of a fiftieth of it, or after 8, by one of a tenth; `stderr` is
+    then the tolerance.
 
     Args:
         engine: The models.
@@ -60,7 +62,8 @@ def lambda_max(
         spaces.grow(length, active)
         theta, residual = spaces.top(length, active)
         allowed = tolerance * theta.abs()
-        early = (residual <= _EARLY_SHARE * allowed) & (tolerance >= _EARLY_TOLERANCE) & (length >= _EARLY_STEPS)
+        shares = [share for steps, share in _EARLY if length >= steps]
+        early = (residual <= max(shares, default=0.0) * allowed) & (tolerance >= _EARLY_TOLERANCE) & bool(shares)
         early &= (length < least) & ((spaces.lengths > length) | ((spaces.lengths == length) & ~spaces.ended))
         residual = torch.where(early, allowed, residual)
         value, stderr = torch.where(active, theta, value), torch.where(active, residual, stderr)

@@ -31,7 +31,7 @@ def test_a_loose_tolerance_is_met_early_and_is_the_error(with_spectrum: Callable
     engine = with_spectrum(eigenvalues, 100)
     early, late = (lambda_max(engine, metric="identity", tolerance=tolerance) for tolerance in (0.02, 0.009))
     assert early.samples.double().mean().item() < 10
-    assert early.samples.min().item() >= 8
+    assert early.samples.min().item() >= 6
     assert late.samples.min().item() >= 16
     assert bool(early.converged.all())
     assert torch.allclose(early.stderr, 0.02 * early.value)
