@@ -130,21 +130,23 @@ def _of_models(names: tuple[tuple[str, str], ...]) -> frozenset[str]:
 def program_costs(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return `flatmin.trainables.cost.cost` of every program.
 
-    A process that has not loaded torch takes what is kept, has the rest computed by one of its own, and stays small.
+    What is kept is taken; a process that has not loaded torch has the rest computed by one of its own, and stays small.
     """
-    if "torch" in sys.modules:
-        from flatmin.trainables.cost import cost
-
-        return [cost(program) for program in programs]
     kept = KeptCosts()
     found = [kept.read(program) for program in programs]
     new = [program for program, cost in zip(programs, found, strict=True) if cost is None]
     counted: list[dict[str, Any]] = []
     if new:
-        counted = _counted_apart(new)
+        counted = _counted_here(new) if "torch" in sys.modules else _counted_apart(new)
         kept.write(new, counted)
     rest = iter(counted)
     return [next(rest) if cost is None else cost for cost in found]
+
+
+def _counted_here(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from flatmin.trainables.cost import cost
+
+    return [cost(program) for program in programs]
 
 
 def _counted_apart(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

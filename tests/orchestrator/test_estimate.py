@@ -141,7 +141,7 @@ def test_data_that_are_not_here_are_as_large_as_published(no_data: Path, write_s
     assert cost.total is not None
     assert "mnist is not at" in cost.basis
     assert trial_costs(plan(str(write_study(GREYS))).trials)[0]["train_size"] == 60_000
-    assert not no_data.exists()
+    assert [place.name for place in no_data.iterdir()] == ["costs"]
 
 
 def test_the_size_of_every_data_set_with_files_is_known() -> None:
