@@ -144,8 +144,10 @@ class Split:
         inputs, noise = self.inputs, self.noise
         if isinstance(inputs.x, Tensor) and not inputs.raw:
             x = inputs.take(numbers, ())
+            if noise is None:
+                return x
             zero, one = ((end - inputs.mean) / inputs.std for end in (0, 1))
-            return x if noise is None else noise.added(x, numbers, alike, zero, one)
+            return noise.added(x, numbers, alike, zero, one)
         first, place = groups(tuple(alike))
         rows = list(first)
         keys = self._keys(alike)

@@ -83,7 +83,7 @@ class Forward:
     def with_product(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Gradient, HessianProduct]:
         """Return what `gradient` does, and products with the Hessians of the same losses."""
         if self._written_out(part.batch):
-            return self._along_chain(params, buffers, part, products=True)
+            return self._products_along_chain(params, buffers, part)
         leaf = params.detach().requires_grad_()
         losses, moved = self._pass(leaf, buffers, _tensors(part), *_fixed(part))
         (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
@@ -103,7 +103,7 @@ class Forward:
 
     def _gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
         if self._written_out(part.batch):
-            return self._along_chain(params, buffers, part)[0]
+            return self._along_chain(params, buffers, part)
         if len(params) > 1 and self.network.loops(params.device) and not self._compiled:
             return self._one_by_one(params, buffers, part)
         leaf = params.detach().requires_grad_()
@@ -127,18 +127,24 @@ class Forward:
         chain = None if self._bf16 or self._compiled or batch.shared else self.network.chain
         return chain is not None and chain.takes(batch.x)
 
-    def _along_chain(
-        self, params: Tensor, buffers: Buffers, part: Part, *, products: bool = False
-    ) -> tuple[Gradient, HessianProduct]:
+    def _along_chain(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
+        chain = self.network.chain
+        assert chain is not None
+        there = chain.forward(params, part.batch.x, part.streams)
+        losses, slopes = self.objective.slopes(there.outputs, part.batch.y, part.smoothing)
+        grad, _ = chain.backward(there, slopes / part.total[:, None, None])
+        return losses.sum(dim=1) / part.total, grad, buffers
+
+    def _products_along_chain(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Gradient, HessianProduct]:
         chain = self.network.chain
         assert chain is not None
         there = chain.forward(params, part.batch.x, part.streams)
         outputs = there.outputs.requires_grad_()
         losses = self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
-        (slope,) = torch.autograd.grad(losses.sum(), outputs, create_graph=products)
-        grad, slopes = chain.backward(params, there, slope.detach())
+        (slope,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True)
+        grad, slopes = chain.backward(there, slope.detach())
         curved = _products(slope, outputs)
-        return (losses.detach(), grad, buffers), lambda v: chain.product(params, there, slopes, curved, v)
+        return (losses.detach(), grad, buffers), lambda v: chain.product(there, slopes, curved, v)
 
     def _pass(
         self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool

@@ -86,6 +86,21 @@ class Objective:
             losses = torch.lerp(losses, self._spread(flat), share)
         return losses.reshape(targets.shape[:2])
 
+    def slopes(self, outputs: Tensor, targets: Tensor, smoothing: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `losses` of fp32 or fp64 outputs and their derivatives by these, `[K, b, ...]`, detached.
+
+        Those of numbers, 2 (f - y) / outputs, and of plain classes, softmax(f) - target, are written out: autograd
+        takes three times as long for the outputs of a small network.
+        """
+        if self.task == "regression" and targets.shape == outputs.shape and targets.is_floating_point():
+            return _squared_errors(outputs.detach(), targets)
+        if self.task == "classification" and self.class_weights is None:
+            return _cross_entropies(outputs.detach(), targets, smoothing)
+        leaf = outputs.detach().requires_grad_()
+        losses = self.losses(leaf, targets, smoothing)
+        (slopes,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), slopes
+
     def weights(self, targets: Tensor) -> Tensor | None:
         """Return what examples weigh in the loss of their batch, `[K, b]`, or None where it is 1 each."""
         if self.class_weights is None:
@@ -123,6 +138,22 @@ class Objective:
         if self.class_weights is not None:
             each = each * self.class_weights.to(wide.dtype).reshape(-1, *[1] * (each.dim() - 2))
         return _by_example(each.mean(dim=1), 1)
+
+
+def _squared_errors(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    difference = (outputs - targets).flatten(2)
+    slopes = difference * (2.0 / difference.shape[2])
+    return difference.square().mean(dim=2), slopes.view(outputs.shape)
+
+
+def _cross_entropies(outputs: Tensor, targets: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
+    logs, own = outputs.log_softmax(dim=2), targets[..., None]
+    losses, slopes, rest = -logs.gather(2, own)[..., 0], logs.exp(), logs.new_ones(())
+    if smoothing is not None:
+        share = smoothing.to(losses.dtype)[:, None]
+        losses, rest = torch.lerp(losses, -logs.mean(dim=2), share), 1.0 - share[..., None]
+        slopes -= share[..., None] / outputs.shape[2]
+    return losses, slopes.scatter_add_(2, own, -rest.expand(own.shape))
 
 
 def objective(dataset: Dataset, device: torch.device) -> Objective:

@@ -183,11 +183,11 @@ class StackTrainer:
             self._smoothing,
             self.micro_batch,
         )
-        count = now.epoch * self.steps_per_epoch + now.step
+        count, factors = now.epoch * self.steps_per_epoch + now.step, self._lr_factors(now.step)
         step = Step(
             count=count,
             total=self._total,
-            lr_factor=now.params.new_tensor(self._lr_factors(now.step))[:, None],
+            lr_factor=now.params.new_tensor(factors)[:, None] if any(factor != 1.0 for factor in factors) else 1.0,
             batches=len(batches),
             hessian=self._optimizer.composed.needs_hessian(count),
             streams=Streams(self._optimizer_keys, count),
@@ -197,14 +197,13 @@ class StackTrainer:
         stepping = self._optimizer.composed.steps(now.params, now.optimizer, step)
         losses, params, state = answered(stepping, passes.answer)
         updated = passes.buffers
-        bad_loss = ~(losses <= self._max_loss)  # true for NaN as well
-        bad_step = ~all_finite(params)
-        keep = now.running & ~bad_loss & ~bad_step
-        back = now.running & bad_loss
+        fits = losses <= self._max_loss  # false for NaN as well
+        keep = now.running & fits & all_finite(params)
         before = now.params, now.buffers
         if params.is_cpu and bool(keep.all()):  # elsewhere to ask is to wait
             now.params, now.buffers, now.optimizer = params, updated, dict(state)
         else:
+            back = now.running & ~fits
             now.params = _where(keep, params, _where(back, now.params_before, now.params))
             now.buffers = {
                 name: _where(keep, updated[name], _where(back, now.buffers_before[name], buffer))

@@ -105,6 +105,23 @@ def test_training_is_a_plain_loop_with_torchs_own_loss(
 
 
 @pytest.mark.parametrize(("task", "weights", "smoothing"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_are_autograds(task: Task, weights: Tensor | None, smoothing: Any, dtype: torch.dtype) -> None:
+    dataset = drawn(task, weights=weights)
+    own = objective(dataset, torch.device("cpu"))
+    y = torch.stack([target(dataset.train_y).to(dtype) if task == "regression" else dataset.train_y.long()] * 3)
+    outputs = 3 * torch.randn(*y.shape[:2], 3, *y.shape[2 if task == "segmentation" else 3 :], dtype=dtype)
+    share = torch.tensor(smoothing, dtype=dtype) if isinstance(smoothing, list) else None
+    losses, slopes = own.slopes(outputs, y, share)
+    leaf = outputs.clone().requires_grad_()
+    expected = own.losses(leaf, y, share)
+    (derivatives,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(slopes, derivatives)
+    assert not losses.requires_grad
+
+
+@pytest.mark.parametrize(("task", "weights", "smoothing"), CASES)
 def test_scores_of_whole_sets(task: Task, weights: Tensor | None, smoothing: Any, monkeypatch: Any) -> None:
     """The training loss is torch's over the whole set; the test loss is the mean of the same function of an example."""
     monkeypatch.setattr("flatmin.trainables.data._EVALUATION_ROWS", 3 * 7)  # several chunks

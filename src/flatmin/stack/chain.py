@@ -45,11 +45,13 @@ class There:
         outputs: `[K, b, classes]`.
         inputs: Those of each layer, `[K, b, in]`.
         factors: What each layer's dropout multiplies by, `[K, b, out]`; None where there is none.
+        weights: The matrix `[K, out, in]` and bias `[K, 1, out]` of each layer.
     """
 
     outputs: Tensor
     inputs: Sequence[Tensor]
     factors: Sequence[Tensor | None]
+    weights: Sequence[tuple[Tensor, Tensor | None]]
 
 
 class Chain:
@@ -58,6 +60,7 @@ class Chain:
     def __init__(self, layers: Sequence[_Layer], *, flattens: bool) -> None:
         self._layers, self._flattens = tuple(layers), flattens
         self._sizes = [parameter.numel() for layer in layers for parameter in layer.module.parameters()]
+        self._shapes = [(-1, *layer.module.weight.shape) for layer in layers]
 
     @staticmethod
     def of(module: nn.Module) -> Chain | None:
@@ -105,7 +108,8 @@ class Chain:
         inputs: list[Tensor] = []
         factors: list[Tensor | None] = []
         with torch.no_grad():
-            for layer, (weight, bias) in zip(self._layers, self._views(params), strict=True):
+            weights = self._views(params)
+            for layer, (weight, bias) in zip(self._layers, weights, strict=True):
                 inputs.append(h)
                 h = torch.bmm(h, weight.mT) if bias is None else torch.baddbmm(bias, h, weight.mT)
                 if layer.relu:
@@ -116,41 +120,37 @@ class Chain:
                     factor = _dropout(streams, drawn, h, layer.dropped)
                     h.mul_(factor)
                 factors.append(factor)
-        return There(h, inputs, factors)
+        return There(h, inputs, factors, weights)
 
-    def backward(self, params: Tensor, there: There, slope: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward(self, there: There, slope: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the gradients of the losses, `[K, d]`, and their derivatives by what each layer computes.
 
         Args:
-            params: The weights of the pass.
             there: What `forward` returned.
             slope: The derivative of each model's loss by its outputs, `[K, b, classes]`.
         """
-        grad = torch.empty_like(params)
+        grad = slope.new_empty(len(slope), sum(self._sizes))
         slopes = [slope] * len(self._layers)
         with torch.no_grad():
-            views = list(zip(self._views(params), self._views(grad), strict=True))
+            views = list(zip(there.weights, self._views(grad), strict=True))
             for i, ((weight, _), into) in reversed(list(enumerate(views))):
                 self._write(into, slopes[i], there.inputs[i])
                 if i:
                     slopes[i - 1] = self._behind(i - 1, torch.bmm(slopes[i], weight), there)
         return grad, slopes
 
-    def product(
-        self, params: Tensor, there: There, slopes: Sequence[Tensor], curved: Callable[[Tensor], Tensor], v: Tensor
-    ) -> Tensor:
+    def product(self, there: There, slopes: Sequence[Tensor], curved: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         """Return the Hessians of the losses times vectors, `[K, d]`.
 
         Args:
-            params: The weights of the pass.
             there: What `forward` returned.
             slopes: What `backward` returned.
             curved: Maps a change of the outputs `[K, b, classes]` to that of the losses' derivatives by them.
             v: The vectors, `[K, d]`.
         """
         result = torch.empty_like(v)
-        own, along, into = (list(self._views(tensor)) for tensor in (params, v, result))
         with torch.no_grad():
+            own, along, into = there.weights, self._views(v), self._views(result)
             changes: list[Tensor] = []  # of what goes into each layer but the first, which is the same
             change = self._moved(0, there, None, own[0], along[0])
             for i in range(1, len(self._layers)):
@@ -202,13 +202,14 @@ class Chain:
         if bias is not None:
             torch.sum(slope if of_bias is None else of_bias, dim=1, keepdim=True, out=bias)
 
-    def _views(self, params: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _views(self, params: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Return the matrices `[K, out, in]` and biases `[K, 1, out]` of each layer in a buffer `[K, d]`."""
-        pieces = iter(torch.split(params, self._sizes, dim=1))
-        for layer in self._layers:
-            rows, columns = layer.module.weight.shape
-            weight = next(pieces).view(-1, rows, columns)
-            yield weight, None if layer.module.bias is None else next(pieces)[:, None]
+        pieces = iter(params.split_with_sizes(self._sizes, dim=1))
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for layer, shape in zip(self._layers, self._shapes, strict=True):
+            weight = next(pieces).view(shape)
+            found.append((weight, None if layer.module.bias is None else next(pieces).unsqueeze(1)))
+        return found
 
 
 def _in_order(module: nn.Module) -> Iterator[nn.Module]:
