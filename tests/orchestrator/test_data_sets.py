@@ -83,7 +83,7 @@ def test_a_plan_tells_of_data_that_is_not_there_and_downloads_nothing(
     shown = CliRunner().invoke(app, ["plan", str(write_study(STUDY))])
     assert shown.exit_code == 0
     assert "if every model trains all its epochs; mnist is not at" in shown.stdout
-    assert not root.exists()
+    assert [place.name for place in root.iterdir()] == ["costs"]
 
 
 def test_a_launch_downloads_what_it_needs(

@@ -215,11 +215,11 @@ def test_a_folder_that_cannot_be_written_is_named(data: Path) -> None:
         load_dataset((("dataset", "mnist"), ("mnist_statistics", "published")), stand_in=True)
 
 
-def test_a_plan_leaves_the_data_folder_alone_and_knows_the_cost(data: Path, tmp_path: Path) -> None:
+def test_a_plan_makes_no_data_and_knows_the_cost(data: Path, tmp_path: Path) -> None:
     found = estimate(make_plan(read_study(str(study(tmp_path, "cifar10")))).trials)
     assert found.problem == ""
     assert found.seconds[0] is not None
-    assert not data.exists()
+    assert [folder.name for folder in data.iterdir()] == ["costs"]
 
 
 def test_a_twin_trains_and_cannot_be_taken_for_its_study(data: Path, tmp_path: Path) -> None:
