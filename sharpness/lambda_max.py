@@ -25,9 +25,9 @@ second one for a while, with a small residual. The trace deflates with as many v
 
 _EARLY_TOLERANCE, _EARLY = 0.01, ((6, 0.02), (8, 0.1))
 """Where the tolerance is 0.01 or more, a residual of a fiftieth of it will do from 6 steps on and of a tenth from 8. Of
-2000 starts under the eigenvalues 3 and 2.98, 2.95, 2.9, 2.88, 2.7, 2.5, 2 or 1.5 beside 198 up to 1, at most 0.6 % rested
-on the second at a gap of more than the tolerance of 0.02 (0.2 % if none stops before 8). So the whole tolerance is the
-stderr then, which holds a closer neighbour."""
+2000 starts under the eigenvalues 3 and 2.98, 2.95, 2.9, 2.88, 2.7, 2.5, 2 or 1.5 beside 198 up to 1, at most 0.6 %
+rested on the second at a gap of more than the tolerance of 0.02 (0.2 % if none stops before 8). So the whole tolerance
+is the stderr then, which holds a closer neighbour."""
 
 
 def lambda_max(
@@ -44,8 +44,8 @@ def lambda_max(
     error is of the order of stderr^2 / (gap to the next eigenvalue). The bound speaks of some eigenvalue; that it
     is the largest is likely after 16 steps from a random start, and not certain: for eigenvalues 0.5, 0.4, 0.2 and less
     beside others down to -100, one of 100 starts rested on 0.4 at a tolerance of 0.05, and none at 0.005. A tolerance
-    of 0.01 or more may be met after 6 steps, by a residual of a fiftieth of it, or after 8, by one of a tenth; `stderr` is
-    then the tolerance.
+    of 0.01 or more may be met after 6 steps, by a residual of a fiftieth of it, or after 8, by one of a tenth; `stderr`
+    is then the tolerance.
 
     Args:
         engine: The models.
