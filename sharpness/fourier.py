@@ -178,11 +178,13 @@ def _places(engine: Engine, published: bool) -> Tensor:
 
         if not next(inputs()).is_floating_point():
             raise RequestError("a spectrum needs inputs that are numbers, to have an axis")
+        if not all(bool(x.isfinite().all()) for x in inputs()):
+            raise RequestError("a spectrum needs inputs that are finite, to have an axis")
         component, mean = first_component(inputs)
         along = torch.cat([(x.flatten(1).double() - mean) @ component for x in inputs()]).cpu()
         reach = float(along.max() - along.min())
         if not 0 < reach < math.inf:
-            raise RequestError("a spectrum needs inputs that are finite and not all alike, to have an axis")
+            raise RequestError("a spectrum needs inputs that are not all alike, to have an axis")
         period = reach * len(along) / (len(along) - 1)
         rows.append(along if published else (along - along.min()) / period - 0.5)
     return torch.stack(rows)

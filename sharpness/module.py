@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from flatmin.errors import RequestError
 from flatmin.sharpness.engine import Engine
@@ -279,6 +280,10 @@ def _batches(data: Data, device: torch.device) -> list[Batch]:
     Raises:
         RequestError: There are none, or they are something else.
     """
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise RequestError("data: a Dataset gives single examples and no batches; wrap it in a DataLoader")
+    if not isinstance(data, Iterable):
+        raise RequestError(f"data is (x, y), or batches of such, as tensors; it is {type(data).__name__}")
     pairs = [data] if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data) else list(data)
     batches = []
     for pair in pairs:

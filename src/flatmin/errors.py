@@ -98,10 +98,23 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     ' Valid: sam, sgd.'
     """
     names = sorted(valid)
-    close = difflib.get_close_matches(given, names, n=1)
-    if close:
-        return f" Did you mean '{close[0]}'?"
+    close = closest(given, names)
+    if close is not None:
+        return f" Did you mean '{close}'?"
     return f" Valid: {', '.join(names)}." if names else ""
+
+
+def closest(given: str, valid: Iterable[str]) -> str | None:
+    """Return the valid name that one comes nearest to, as it is written or in lower case, or None.
+
+    >>> closest("LPF", ["lpf", "random"])
+    'lpf'
+    """
+    names = sorted(valid)
+    for written in (given, given.lower()):
+        if close := difflib.get_close_matches(written, names, n=1):
+            return close[0]
+    return None
 
 
 def error_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatmin import plugins
-from flatmin.errors import RequestError, nearest
+from flatmin.errors import RequestError, closest, nearest
 from flatmin.settings import REQUIRED
 
 _SHAPE = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*$", re.DOTALL)
@@ -49,23 +49,24 @@ def parse_label(text: str) -> MeasureLabel:
     """
     match = _SHAPE.match(text)
     if match is None:
-        raise RequestError(f"'{text}' is not a measure; write `lpf` or `lpf(sigma=0.002)`")
+        raise RequestError(f"'{text}' is not a measure; write `lpf` or `lpf(sigma=0.002)`{_meant(text)}")
     name, inside = match.group(1), match.group(2)
     plugin = plugins.get("measure", name)
     common = plugins.get("subject", "subject").arguments
     twice = sorted(set(plugin.arguments) & set(common))
     if twice:
         raise RequestError(f"the measure '{name}' declares '{twice[0]}', which every measure takes already; rename it")
-    arguments = {**plugin.arguments, **common}
+    arguments, refuses = {**plugin.arguments, **common}, _refused(plugin.refuses, common)
     given = {}
     for part in split_list(inside or ""):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise RequestError(f"in '{text}': '{part}' should read argument=value")
-        if key in plugin.refuses:
-            raise RequestError(f"{name} does not take '{key}': {plugin.refuses[key]}")
+        if key in refuses:
+            raise RequestError(f"{name} does not take '{key}': {refuses[key]}")
         if key not in arguments:
-            raise RequestError(f"{name} does not take '{key}'.{nearest(key, arguments)}")
+            accepted = arguments.keys() - refuses.keys()
+            raise RequestError(f"{name} does not take '{key}'.{nearest(key, accepted) or ' It takes no arguments.'}")
         if key in given:
             raise RequestError(f"in '{text}': '{key}' is given twice")
         try:
@@ -81,6 +82,23 @@ def parse_label(text: str) -> MeasureLabel:
     values = {**defaults, **given}
     own, shared = ({key: values[key] for key in keys} for keys in (plugin.arguments, common))
     return MeasureLabel(name, own, shared, f"{name}({inner})" if inner else name)
+
+
+def _refused(refuses: Mapping[str, str], common: Iterable[str]) -> dict[str, str]:
+    """Return what a measure refuses, and why: with `subset` also what says more of it, `subset_stratified`."""
+    further = {key: why for key in common for first, why in refuses.items() if key.startswith(f"{first}_")}
+    return {**further, **refuses}
+
+
+def _meant(text: str) -> str:
+    """Return what is said of the measure that a text without a label's shape comes near to, if it names none.
+
+    >>> _meant("lambda-max"), _meant("lpf(sigma=1")
+    (". Did you mean 'lambda_max'?", '')
+    """
+    name, measures = text.partition("(")[0].strip(), plugins.listing("measure")
+    close = None if name in measures else closest(name, measures)
+    return f". Did you mean '{close}'?" if close else ""
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:

@@ -249,12 +249,13 @@ def test_outputs_that_are_not_finite_have_no_value(draws: torch.Generator) -> No
     [
         (nn.Linear(2, 3), torch.ones(9, 2), torch.arange(9) % 3, "not all alike"),
         (nn.Linear(2, 3), torch.full((9, 2), math.inf), torch.arange(9) % 3, "finite"),
+        (nn.Linear(6, 3), torch.eye(9, 6).where(torch.eye(9, 6) < 1, math.nan), torch.arange(9) % 3, "finite"),
         (nn.Linear(2, 2), torch.rand(9, 2), torch.rand(9, 2), "one number or one class"),
         (nn.Linear(2, 2), torch.rand(9, 2), torch.rand(9, 1), "needs outputs"),
         (nn.Linear(2, 1), torch.rand(9, 2), torch.zeros(9).long(), "or of more classes"),
         (nn.Embedding(5, 3), torch.arange(9) % 5, torch.arange(9) % 3, "numbers, to have an axis"),
     ],
-    ids=["alike", "infinite", "two values", "another shape", "one class", "tokens"],
+    ids=["alike", "infinite", "no numbers", "two values", "another shape", "one class", "tokens"],
 )
 def test_what_has_no_spectrum_is_refused(module: nn.Module, x: Tensor, y: Tensor, said: str) -> None:
     def any_loss(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -302,6 +302,8 @@ def test_a_subset_of_batches_of_different_shapes_is_refused() -> None:
         ({"data": (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))}, "no examples to measure on"),
         ({"data": [torch.zeros(3, 4)]}, "wrap a Dataset in a DataLoader"),
         ({"data": [(torch.zeros(4), 1)]}, "wrap a Dataset in a DataLoader"),
+        ({"data": TensorDataset(torch.zeros(3, 4), torch.zeros(3, 4))}, "wrap it in a DataLoader"),
+        ({"data": None}, "it is NoneType"),
         ({"data": (torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))}, r"inputs \[3, 4\] and targets \[2\] differ"),
         ({"data": (torch.zeros(3, 7), torch.zeros(3, dtype=torch.int64))}, "cannot be evaluated on the examples"),
         ({"measures": "lpf"}, r"write \['lpf'\]"),

@@ -115,6 +115,29 @@ def test_labels_keep_their_form() -> None:
         parse_label("lpf(subset=63)")
 
 
+def test_what_goes_with_a_refused_subset_is_refused_too() -> None:
+    with pytest.raises(RequestError, match=r"margin does not take 'subset_stratified': it takes one pass"):
+        parse_label("margin(subset_stratified=true)")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("l2_norm(metric=filter)", r"l2_norm does not take 'metric'\. It takes no arguments\."),
+        (
+            "gradient_norm(substet=100)",
+            r"gradient_norm does not take 'substet'\. Valid: data, label",
+        ),
+        ("LPF", r"there is no measure 'LPF'\. Did you mean 'lpf'\?"),
+        ("lambda-max(metric=identity)", r"is not a measure; .*\. Did you mean 'lambda_max'\?"),
+        ("lpf(sigma=0.1", r"is not a measure; write `lpf` or `lpf\(sigma=0\.002\)`$"),
+    ],
+)
+def test_only_what_a_measure_takes_is_offered(text: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        parse_label(text)
+
+
 @pytest.mark.parametrize("same_key", [True, False])
 def test_a_sample_is_drawn_without_replacement_by_the_models_key(same_key: bool) -> None:
     engine = copies(200, 3, cuts=3)
