@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from flatmin.errors import RequestError, ResultsError, StudyError
 from flatmin.lease import Lease
+from flatmin.orchestrator.exporters import export_to
 from flatmin.orchestrator.inspect import query
 from flatmin.orchestrator.launch import LaunchOptions, launch, measure
 from flatmin.orchestrator.plan import make_plan
@@ -232,6 +234,19 @@ def test_a_trial_id_of_somebody_elses_table_leads_nowhere(trial_id: str, trained
             place(trial_id)
     with pytest.raises(ResultsError, match="is no name of a trial"):
         trained.table_file("models", trial_id)
+
+
+def test_a_model_id_of_somebody_elses_table_leads_nowhere(trained: Results, tmp_path: Path) -> None:
+    """TensorBoard gets a folder named after each model."""
+    for table in ("models", "epochs"):
+        for file in (trained.directory / table).glob("*.parquet"):
+            rows = pq.read_table(file)
+            evil = pa.array([f"../../evil{one}" for one in rows["model_id"].to_pylist()])
+            pq.write_table(rows.set_column(0, "model_id", evil), file)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ResultsError, match="is no name of a trial"):
+        export_to("tensorboard", trained, tmp_path / "a" / "b" / "c")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "checkpoints/../../evil.safetensors", "/tmp/evil.safetensors"])
