@@ -133,7 +133,7 @@ def test_a_damaged_merged_file_is_made_again(results: Results) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.warns(CorruptFileWarning, match=r"epochs/merged-\w+\.parquet cannot be read"):
         assert len(results.read("epochs")) == 0
-    assert results.unreadable() == [("epochs", file)]
+    assert [found[:2] for found in results.unreadable()] == [("epochs", file)]
     heal(results, Console(quiet=True))
     assert scan.names(results.path, "models") == set(), "its trials are to be trained again"
     assert results.unreadable() == []
