@@ -25,7 +25,7 @@ from ray._private import ray_constants
 
 from flatmin.bucket import BucketPath
 from flatmin.compact import compact_many
-from flatmin.errors import RequestError, ResultsError, error_line
+from flatmin.errors import RequestError, error_line
 from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, uncommitted
 from flatmin.orchestrator.watch import Watch
@@ -103,8 +103,7 @@ def run_on_ray(
             left = [job for job in uncommitted(results, now) if failures[job.trial.trial_id] <= options.max_failures]
             left += later
             if later:
-                with contextlib.suppress(OSError, ResultsError):  # a disk that is full is the trials' to wait for
-                    compact_many(results)
+                compact_many(results)
             stalled = 0 if len(left) < before or watch.forgiven else stalled + 1
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 
