@@ -58,6 +58,7 @@ def results(study: Path) -> Path:
         ("launch STUDY --results s4://b/x", "s3://BUCKET/NAME"),
         ("launch STUDY --results R --time-budget soon", "--time-budget soon: not a time; write 90s, 30m, 2h or 1d"),
         ("launch STUDY --results R --max-failures -1", "greater than or equal to 0"),
+        ("launch STUDY --results R --address 127.0.0.1:1", "no Ray cluster there: Connection refused"),
         ("launch digits-sharpness --results RESULTS", "holds the study 'tiny', not 'digits-sharpness'"),
         ("status --results nowhere", "there is no results directory 'nowhere'"),
         ("measure --results RESULTS --measures lpff", "Did you mean 'lpf'?"),
