@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -99,14 +101,10 @@ def launch(
         micro_batch=count("--micro-batch", micro_batch),
     )
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with _interruptible(console):
         done = run(
             study, results, overrides or [], options, console, small=small, only=only or [], at_most=at_most(yes)
         )
-    except KeyboardInterrupt:
-        console.print("interrupted; what was finished is kept, run the same command to go on", highlight=False)
-        raise typer.Exit(130) from None
     if not done.trained and not done.measured and not done.remaining:
         console.print(f"all {done.planned} models are there; nothing was trained", highlight=False)
     else:
@@ -135,7 +133,8 @@ def measure(
 
     console = Console(stderr=True)
     options = LaunchOptions(run=RunOptions(max_failures=max_failures), inline=inline)
-    done = run(results, split_list(measures), options, console)
+    with _interruptible(console):
+        done = run(results, split_list(measures), options, console)
     console.print(f"{done.measured} models measured, {done.remaining} remain", highlight=False)
     raise typer.Exit(done.exit_code)
 
@@ -188,6 +187,17 @@ for command in (
     app.command(name, cls=WithSettings if command in (plan, launch) else None)(command)
 
 
+@contextlib.contextmanager
+def _interruptible(console: Console) -> Iterator[None]:
+    """Let an interrupt or SIGTERM end what runs in order, with a word on how to go on and exit code 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted; what was finished is kept, run the same command to go on", highlight=False)
+        raise typer.Exit(130) from None
+
+
 def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -214,4 +224,9 @@ def main() -> None:
         sys.exit(1)
     except FlatminError as error:
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"'{error.filename}': {error.strerror}", file=sys.stderr)
         sys.exit(2)

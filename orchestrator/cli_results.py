@@ -41,7 +41,7 @@ def status(
         if sys.stdout.isatty():
             click.clear()
         _print_status(found, as_json=as_json)
-        if found.remaining == 0:
+        if found.planned and not found.remaining:  # a launch that has just begun has yet to write its plan
             return
         time.sleep(pause)
 

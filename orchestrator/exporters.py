@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from flatmin.bucket import Place
 from flatmin.errors import RequestError
+from flatmin.files import plain_name
 from flatmin.orchestrator.inspect import opened
 from flatmin.results import Results
 from flatmin.tables import fixed_columns
@@ -75,7 +76,11 @@ def required(module: str, viewer: Viewer) -> Any:
 
 
 def runs(results: Results) -> Iterator[Run]:
-    """Yield every trained model."""
+    """Yield every trained model.
+
+    Raises:
+        ResultsError: A model's id, which may be in somebody else's table, would lead to another folder.
+    """
     own = set(fixed_columns("models"))
     labels = set(pc.unique(results.table("sharpness")["label"]).to_pylist())
     epochs = results.table("epochs").sort_by([("model_id", "ascending"), ("epoch", "ascending")])
@@ -89,7 +94,7 @@ def runs(results: Results) -> Iterator[Run]:
         numbers = {name: value for name, value in there.items() if isinstance(value, int | float)}
         rows = epochs.slice(*spans.get(row["model_id"], (0, 0))).to_pylist()
         yield Run(
-            row["model_id"],
+            plain_name(row["model_id"]),  # viewers name folders by it
             row["study"],
             {name: value for name, value in there.items() if name not in own | labels},
             {name: float(value) for name, value in numbers.items() if name in own | labels},

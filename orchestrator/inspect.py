@@ -67,10 +67,12 @@ def status(results: Results | str | Place) -> Status:
         by_status[row["status"]] += 1
     missing = planned - {row["model_id"] for row in models}
     held = lease.read(results)
-    failed = missing & _used_up(results, held["max_failures"] if held else 0)
+    started = datetime.fromisoformat(held["started_at"]) if held else None
+    # a launch tries afresh what failed in those before it
+    since = started if held and lease.fresh(held) else None
+    failed = missing & _used_up(results, held["max_failures"] if held else 0, since)
     rate = None
-    if held:
-        started = datetime.fromisoformat(held["started_at"])
+    if held and started:
         until = datetime.fromtimestamp(held["heartbeat"], UTC)
         new = sum(row["started_at"] >= started for row in models)
         minutes = (until - started).total_seconds() / 60
@@ -87,10 +89,12 @@ def status(results: Results | str | Place) -> Status:
     )
 
 
-def _used_up(results: Results, max_failures: int) -> set[str]:
+def _used_up(results: Results, max_failures: int, since: datetime | None) -> set[str]:
     failures = results.table("failures")
-    counts = failures.group_by("model_id").aggregate([("attempt", "max")])
-    worn = counts.filter(pc.greater(counts["attempt_max"], max_failures))
+    if since:
+        failures = failures.filter(pc.greater_equal(failures["at"], pa.scalar(since, failures["at"].type)))
+    counts = failures.filter(pc.greater(failures["attempt"], 0)).group_by("model_id").aggregate([("attempt", "count")])
+    worn = counts.filter(pc.greater(counts["attempt_count"], max_failures))
     return set(worn["model_id"].to_pylist())
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.console import Console
 
@@ -39,6 +39,7 @@ from flatmin.orchestrator.study import read_study
 from flatmin.orchestrator.study_file import Resources
 from flatmin.plugins import program_arguments
 from flatmin.results import Results
+from flatmin.settings import UNSET, Argument
 from flatmin.trial import Execution, Job, Model, Trial
 
 
@@ -248,10 +249,25 @@ def measure(
 
 
 def settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model from its row of the `models` table, which has lists where these are tuples."""
-    arguments = program_arguments({name: row[name] for name in NAMES})
-    names = [name for name in row if name in arguments or name in NAMES]
-    return {name: tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names}
+    """Return the settings of a model from its row of the `models` table, which has lists where these are tuples.
+
+    Raises:
+        ResultsError: Its plug-ins have got a setting since, and do not say at which value it is what it was.
+    """
+    names = {name: row[name] for name in NAMES}
+    return names | {name: _setting_of(row, argument) for name, argument in program_arguments(names).items()}
+
+
+def _setting_of(row: Mapping[str, Any], argument: Argument) -> Any:
+    value = row.get(argument.name)
+    if value is None and (argument.name not in row or type(None) not in get_args(argument.annotation)):
+        value = argument.setting.neutral
+        if value is UNSET:
+            raise ResultsError(
+                f"model {row['model_id']} has no '{argument.name}', which its plug-ins take by now; let that setting "
+                "declare the value at which a model is what it was before: Setting(neutral=...)"
+            )
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _carry_out(results: Results, plan: Plan, options: LaunchOptions, console: Console, lease: Lease) -> Launched:
@@ -354,7 +370,9 @@ def _disk_errors(path: str | Place) -> Iterator[None]:
         yield
     except OSError as error:
         if "://" in str(path):
-            raise ResultsError(f"'{path}': {error.strerror}; what was finished is kept, launch again") from None
+            raise ResultsError(
+                f"'{path}': {error.strerror or error}; what was finished is kept, launch again"
+            ) from None
         if error.errno not in {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}:
             raise
         raise ResultsError(

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,17 @@ from typing import Any
 from rich.console import Console
 
 from flatmin.bucket import Place
-from flatmin.errors import RequestError
+from flatmin.errors import RequestError, RequestWarning
 from flatmin.lease import Lease
+from flatmin.orchestrator.grid import NAMES
 from flatmin.orchestrator.inline import run_inline
 from flatmin.orchestrator.inspect import opened
 from flatmin.orchestrator.launch import settings_of
 from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.runner import RunOptions
+from flatmin.plugins import program_arguments
 from flatmin.results import Results
+from flatmin.settings import model_id as model_id_of
 from flatmin.trial import Execution, Job, Model, Trial
 
 COMPARED = (
@@ -104,7 +108,7 @@ def replay(results: Results | str | Place, model_id: str, console: Console | Non
         for found in results.table("sharpness").to_pylist()
         if (found["model_id"], found["epoch"]) == (row["model_id"], row["epochs_run"])
     ]
-    model = Model(row["model_id"], settings_of(row))
+    model = Model(row["model_id"], _settings_of(row))
     trial = Trial(row["study"], (model,), tuple(found["label"] for found in ended))
     with tempfile.TemporaryDirectory(prefix="flatmin-") as folder:
         scratch = Results.create(Path(folder), row["study"])
@@ -123,6 +127,19 @@ def replay(results: Results | str | Place, model_id: str, console: Console | Non
         {**{name: row[name] for name in COMPARED}, **{found["label"]: found["value"] for found in ended}},
         {**{name: again[0][name] for name in COMPARED}, **measured},
     )
+
+
+def _settings_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's settings; warn where they are not those that it was named by."""
+    settings = settings_of(row)
+    if model_id_of(settings, program_arguments({name: settings[name] for name in NAMES})) != row["model_id"]:
+        warnings.warn(
+            f"the settings in the row of model {row['model_id']} do not give this id: the row was changed, or its "
+            "plug-ins take other settings by now; what is replayed is the row",
+            RequestWarning,
+            stacklevel=3,
+        )
+    return settings
 
 
 def _row_of(results: Results, model_id: str) -> dict[str, Any]:

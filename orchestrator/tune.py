@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from ray._private import ray_constants
 
 from flatmin.bucket import BucketPath
 from flatmin.compact import compact_many
-from flatmin.errors import RequestError, ResultsError, error_line
+from flatmin.errors import RequestError, error_line
 from flatmin.lease import Lease
 from flatmin.orchestrator.runner import Monitor, RunOptions, uncommitted
 from flatmin.orchestrator.watch import Watch
@@ -36,6 +37,8 @@ from flatmin.trial import Job
 
 _STARTS = 3
 """How often a private cluster is started: Ray gives its processes 30 s, which on a busy machine may not do."""
+
+_KNOCK_SECONDS = 10.0
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # five files per trial that nobody reads
@@ -67,6 +70,8 @@ def run_on_ray(
         RequestError: The cluster cannot be reached, or this machine has not what one trial asks for.
         LeaseLost: Another driver has taken the results over.
     """
+    if options.address == "local":  # Ray's word for a cluster of one's own, which would listen on all interfaces
+        options = replace(options, address=None)
     deadline = None if options.time_budget is None else time.monotonic() + options.time_budget
     with _cluster(options.address) as dashboard, _quiet(results):
         jobs = planned()
@@ -103,8 +108,7 @@ def run_on_ray(
             left = [job for job in uncommitted(results, now) if failures[job.trial.trial_id] <= options.max_failures]
             left += later
             if later:
-                with contextlib.suppress(OSError, ResultsError):  # a disk that is full is the trials' to wait for
-                    compact_many(results)
+                compact_many(results)
             stalled = 0 if len(left) < before or watch.forgiven else stalled + 1
         return bool(left) and deadline is not None and time.monotonic() >= deadline
 
@@ -185,6 +189,8 @@ def _cluster(address: str | None) -> Iterator[str]:
 def _start(address: str | None) -> str:
     """Join a cluster or start a private one; return the address of its dashboard, empty where it has none."""
     private = address is None
+    if address is not None:
+        _knock(address)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     said = ""
     for _ in range(_STARTS if private else 1):
@@ -203,6 +209,22 @@ def _start(address: str | None) -> str:
     if private:
         raise RequestError(f"Ray did not start on this machine; --inline does without: {said}")
     raise RequestError(f"--address {address}: no Ray cluster there: {said}")
+
+
+def _knock(address: str) -> None:
+    """Refuse an address where nobody listens; Ray itself would try for minutes, and fill the terminal meanwhile.
+
+    Raises:
+        RequestError: Nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise RequestError(f"--address {address}: no Ray cluster there: {said}") from None
 
 
 @contextlib.contextmanager

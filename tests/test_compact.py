@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from tests.orchestrator.conftest import fill
 
 from flatmin import Results, compact, merged, scan
 from flatmin.errors import CorruptFileWarning, ResultsError
+from flatmin.lease import Lease
 from flatmin.orchestrator.heal import heal
 
 TRIALS = 6
@@ -133,7 +136,7 @@ def test_a_damaged_merged_file_is_made_again(results: Results) -> None:
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.warns(CorruptFileWarning, match=r"epochs/merged-\w+\.parquet cannot be read"):
         assert len(results.read("epochs")) == 0
-    assert results.unreadable() == [("epochs", file)]
+    assert [found[:2] for found in results.unreadable()] == [("epochs", file)]
     heal(results, Console(quiet=True))
     assert scan.names(results.path, "models") == set(), "its trials are to be trained again"
     assert results.unreadable() == []
@@ -258,3 +261,22 @@ def test_a_launch_merges_by_itself_only_where_there_are_very_many(
     monkeypatch.setattr(compact, "MANY", TRIALS)
     compact.compact_many(results)
     assert len(files(results, "models")) == 1
+
+
+def test_on_a_file_system_without_locks_nothing_is_merged_and_all_else_goes_on(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lustre mounted with `noflock`."""
+
+    def flock(handle: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("flatmin.files.fcntl.flock", flock)
+    monkeypatch.setattr(compact, "MANY", 1)
+    with Lease(results):
+        compact.compact_many(results)
+        assert len(files(results, "models")) == TRIALS
+        compact.forget(results, "models", [next(iter(files(results, "models"))).removesuffix(".parquet")])
+    assert len(files(results, "models")) == TRIALS - 1
+    with pytest.raises(ResultsError, match="has no locks"):
+        compact.compact(results)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ def test_a_truncated_file_is_named_and_left_out(results: Results) -> None:
     with pytest.warns(CorruptFileWarning, match=r"models/t1\.parquet cannot be read"):
         models = results.models()
     assert models["model_id"].tolist() == ["b"]
-    assert results.unreadable() == [("models", broken)]
+    assert [found[:2] for found in results.unreadable()] == [("models", broken)]
 
 
 def test_damage_inside_a_file_is_found_too(results: Results) -> None:
@@ -159,7 +160,7 @@ def test_damage_inside_a_file_is_found_too(results: Results) -> None:
     content = bytearray(file.read_bytes())
     content[4:60] = bytes(56)
     file.write_bytes(content)
-    assert [table for table, _ in results.unreadable()] == ["models"]
+    assert [table for table, *_ in results.unreadable()] == ["models"]
 
 
 @pytest.mark.parametrize(("version", "word"), [(0, "an older"), (99, "a newer")])
@@ -216,6 +217,37 @@ def test_a_second_driver_is_told_who_owns_the_directory(results: Results) -> Non
         pass
     with Lease(results):
         pass  # the first one gave it back
+
+
+def test_of_drivers_that_start_at_once_one_gets_the_lease(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have read that nobody has it before the first of them writes."""
+    all_have_read, of_thread, read = threading.Barrier(4, timeout=20), threading.local(), lease._read
+    got, refused = list[Lease](), list[str]()
+
+    def read_together(of: Results) -> Any:
+        found = read(of)
+        if not hasattr(of_thread, "waited"):
+            of_thread.waited = True
+            all_have_read.wait()
+        return found
+
+    def start() -> None:
+        try:
+            got.append(Lease(results).__enter__())
+        except ResultsError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(lease, "_read", read_together)
+    drivers = [threading.Thread(target=start) for _ in range(4)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    for one in got:
+        one.__exit__(None, None, None)
+    assert len(got) == 1
+    assert len(refused) == 3
+    assert all("taken by another driver just now" in said for said in refused)
 
 
 def test_a_dead_drivers_lease_is_taken_over_and_its_workers_cannot_commit(results: Results) -> None:

@@ -18,20 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray._private import ray_constants
 from rich.console import Console
 
 from flatmin.errors import RequestError, ResultsError, StudyError
 from flatmin.lease import Lease
+from flatmin.orchestrator.exporters import export_to
 from flatmin.orchestrator.inspect import query
 from flatmin.orchestrator.launch import LaunchOptions, launch, measure
 from flatmin.orchestrator.plan import make_plan
+from flatmin.orchestrator.progress import Display
 from flatmin.orchestrator.release import export, import_study
 from flatmin.orchestrator.report import write_report
 from flatmin.orchestrator.runner import RunOptions
 from flatmin.orchestrator.study import read_study
 from flatmin.orchestrator.template import new_study
+from flatmin.orchestrator.tune import run_on_ray
 from flatmin.results import Results
 from flatmin.secrets import without_secrets
 from flatmin.trainables.job import run
@@ -232,6 +237,35 @@ def test_a_trial_id_of_somebody_elses_table_leads_nowhere(trial_id: str, trained
             place(trial_id)
     with pytest.raises(ResultsError, match="is no name of a trial"):
         trained.table_file("models", trial_id)
+
+
+def test_a_model_id_of_somebody_elses_table_leads_nowhere(trained: Results, tmp_path: Path) -> None:
+    """TensorBoard gets a folder named after each model."""
+    for table in ("models", "epochs"):
+        for file in (trained.directory / table).glob("*.parquet"):
+            rows = pq.read_table(file)
+            evil = pa.array([f"../../evil{one}" for one in rows["model_id"].to_pylist()])
+            pq.write_table(rows.set_column(0, "model_id", evil), file)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ResultsError, match="is no name of a trial"):
+        export_to("tensorboard", trained, tmp_path / "a" / "b" / "c")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_address_local_is_a_private_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes the word for a cluster of one's own, too, and would let it listen on all interfaces."""
+    seen = list[tuple[str, bool]]()
+
+    def init(address: str, **given: object) -> None:
+        seen.append((address, ray_constants.ENABLE_RAY_CLUSTER))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    results, options = Results.create(tmp_path / "r", "tiny"), RunOptions(address="local")
+    with Display(Console(file=io.StringIO()), 0, 0) as display, pytest.raises(RequestError, match="enough"):
+        run_on_ray(results, list, options, display, Lease(results))
+    assert set(seen) == {("local", False)}
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "checkpoints/../../evil.safetensors", "/tmp/evil.safetensors"])

@@ -77,7 +77,7 @@ class Attempt:
         """Carry a part out, and note in `failed` which of its models have failed alone."""
         models = part.trial.models
         try:
-            yield from self.work(part)
+            yield from _surviving(self.work(part))
             self.succeeded = True
             return
         except Exception as error:  # a plug-in may raise anything
@@ -112,6 +112,18 @@ class Attempt:
 
     def _hopeless(self) -> bool:
         return len(self.failed) >= MOST_ALONE and not self.succeeded
+
+
+def _surviving(work: Generator[int]) -> Generator[int]:
+    """Go on with some work; a plug-in that would end this process fails like one that raises.
+
+    Raises:
+        FlatminError: It would have.
+    """
+    try:
+        yield from work
+    except SystemExit as error:  # no Exception: it would end a worker without a word, and --inline as if all were done
+        raise FlatminError(f"SystemExit: {error}; a plug-in has called sys.exit") from error
 
 
 def out_of_memory(error: BaseException) -> bool:

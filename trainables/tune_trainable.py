@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 from ray.experimental import internal_kv
 
 from flatmin import pulse
-from flatmin.errors import COMES_AGAIN
+from flatmin.errors import COMES_AGAIN, FlatminError, error_line
 from flatmin.trainables.logs import TrialLog
 from flatmin.trial import Job
 
@@ -85,10 +85,12 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
             self._end()
             refused = {REFUSED: str(error), REFUSED_AT: traceback.format_exc()}
             return {"models_ended": self._ended, tune.result.DONE: True, **refused}
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
             self._end()
-            raise
+            if _travels(error):
+                raise
+            raise FlatminError(error_line(error)) from error
         self._end()
         return {"models_ended": self._ended, tune.result.DONE: True}
 
@@ -130,6 +132,15 @@ class TuneTrainable(tune.Trainable):  # type: ignore[misc]
         self._told_to_end = True
         if not self._under_way and callable(self._on_terminate):
             self._on_terminate(number, frame)
+
+
+def _travels(error: Exception) -> bool:
+    """Return whether an error reaches the driver as it is; of one that does not, the driver is told another error."""
+    try:
+        cloudpickle.loads(cloudpickle.dumps(error))
+    except Exception:  # whatever a plug-in's own error makes of it
+        return False
+    return True
 
 
 def pulse_key(job: Job) -> bytes:

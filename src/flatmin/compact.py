@@ -10,6 +10,7 @@ one deletes them. `flatmin.merged` says why a reader sees every row once all the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -72,13 +73,13 @@ def compact(results: Results) -> list[Compacted]:
 
 
 def compact_many(results: Results) -> None:
-    """Merge the small files of committed trials where there are very many.
+    """Merge the small files of committed trials where there are very many, and where that can be done at all.
 
-    Raises:
-        ResultsError: Others change the same files all the time.
+    What was trained is no less there for a disk that is full, or a file system without locks.
     """
-    if len(scan.listed(results.path, "models").parts) >= MANY:
-        compact(results)
+    with contextlib.suppress(OSError, ResultsError):
+        if len(scan.listed(results.path, "models").parts) >= MANY:
+            compact(results)
 
 
 def forget(results: Results, table: str, names: Collection[str]) -> None:
@@ -89,14 +90,15 @@ def forget(results: Results, table: str, names: Collection[str]) -> None:
         table: The table.
         names: The files' names, without their ending; of a merged file that cannot be read, its own.
     """
-    _repeated(lambda: _forget(results.path, table, {f"{name}.parquet" for name in names}), results.path)
+    files = {f"{name}.parquet" for name in names}
+    _repeated(lambda: _forget(results.path, table, files), results.path, merging=False)
 
 
-def _repeated(work: Any, root: Place) -> Any:
+def _repeated(work: Any, root: Place, *, merging: bool = True) -> Any:
     """Return what some work does in one go, if in a bucket another writer of merged files is not faster each time."""
     for _ in range(_TRIES):
         try:
-            with merged.alone(root):
+            with merged.alone(root, merging=merging):
                 return work()
         except Changed:
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -10,13 +12,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flatmin.bucket import PATIENCE, BucketPath, Place
 from flatmin.errors import ResultsError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+"""What a file system without locks says, such as Lustre mounted with `noflock`."""
+
 _RETRY_SECONDS = 1.0
 _LEAST_FREE = 1 << 20
 
@@ -84,6 +89,20 @@ def write_atomically(file: Place, content: bytes | Callable[[Path], None]) -> No
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[bool]:
+    """Keep others who ask for the same lock away while the context lasts; False where the file system has no locks."""
+    with open(file, "w") as handle:  # the lock ends with the process that holds it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            yield False
+            return
+        yield True
 
 
 def _is_full(folder: Path) -> bool:

@@ -7,6 +7,7 @@ an expired lease one gets it, and an owner that was away too long learns at its 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ from typing import Any
 
 from flatmin.bucket import BucketPath, Changed, Tag
 from flatmin.errors import LeaseLost, ResultsError
-from flatmin.files import write_atomically
+from flatmin.files import locked, write_atomically
 from flatmin.results import Results, now
 
 HEARTBEAT_SECONDS = 5.0
@@ -64,7 +65,7 @@ class Lease:
         self._started_at = now().isoformat()
         self._stop = threading.Event()
         try:
-            self._write(released=False)
+            self._take(held)
         except Changed:  # by another driver; or by ourselves, and the first answer was lost on its way
             held, self._seen = _read(self.results)
             if held is None or held["token"] != self.token:
@@ -105,6 +106,21 @@ class Lease:
             if now_held != held:
                 return now_held is not None and not now_held["released"]
         return False
+
+    def _take(self, held: Mapping[str, Any] | None) -> None:
+        """Write the lease in place of the one that was read.
+
+        Raises:
+            Changed: Another driver was faster.
+        """
+        if isinstance(self.results.path, BucketPath):
+            self._write(released=False)
+            return
+        with locked(self.results.path / ".lease.lock"):  # without locks, the one that wrote last has it
+            there, _ = _read(self.results)
+            if there != held and there and fresh(there):
+                raise Changed(errno.EEXIST, "somebody else has written it", str(self.results.lease_file))
+            self._write(released=False)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

@@ -12,7 +12,6 @@ what vanishes later, before it is opened, sends the reader back to the beginning
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from flatmin.bucket import BucketPath, Changed, Place, Tag
 from flatmin.cache import Stamp
 from flatmin.errors import ResultsError
-from flatmin.files import write_atomically
+from flatmin.files import locked, write_atomically
 
 NAME = "merged"
 PREFIX = f"{NAME}-"
@@ -101,13 +100,22 @@ def publish(root: Place, manifest: Manifest) -> None:
 
 
 @contextlib.contextmanager
-def alone(root: Place) -> Iterator[None]:
-    """Keep other writers of merged files away, on this file system; in a bucket `publish` finds out instead."""
+def alone(root: Place, *, merging: bool) -> Iterator[None]:
+    """Keep other writers of merged files away, on this file system; in a bucket `publish` finds out instead.
+
+    Args:
+        root: The results directory.
+        merging: Whether merged files are to be made, which needs a file system with locks.
+
+    Raises:
+        ResultsError: It has none.
+    """
     if isinstance(root, BucketPath):
         yield
         return
-    with open(root / ".merging.lock", "w") as handle:  # the lock ends with the process that holds it
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked(root / ".merging.lock") as is_alone:
+        if merging and not is_alone:
+            raise ResultsError(f"the file system of '{root}' has no locks (flock), without which nothing is merged")
         yield
 
 

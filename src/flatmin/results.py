@@ -262,9 +262,9 @@ class Results:
         """Return the failed attempts."""
         return _frame(self.table("failures"))
 
-    def unreadable(self) -> list[tuple[str, Place]]:
-        """Return the table and path of every file that cannot be read; what was read and is as it was then, can."""
-        return [(table, file) for table in TABLES for file, _ in scan.scan(self.path, table)[1]]
+    def unreadable(self) -> list[tuple[str, Place, Exception]]:
+        """Return the table and path of every file that cannot be read, and why; what was read and is as then, can."""
+        return [(table, file, error) for table in TABLES for file, error in scan.scan(self.path, table)[1]]
 
     def remove(self, file: Place) -> None:
         """Remove a file if it is there."""

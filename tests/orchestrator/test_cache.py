@@ -64,7 +64,7 @@ class TestCache:
         file.write_bytes(content[:-9])
         with pytest.warns(CorruptFileWarning, match="t00005"):
             assert len(many.read("models")) == rows - 2
-        assert many.unreadable() == [("models", file)]
+        assert [found[:2] for found in many.unreadable()] == [("models", file)]
         file.write_bytes(content)
         assert len(many.read("models")) == rows
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +58,7 @@ def results(study: Path) -> Path:
         ("launch STUDY --results s4://b/x", "s3://BUCKET/NAME"),
         ("launch STUDY --results R --time-budget soon", "--time-budget soon: not a time; write 90s, 30m, 2h or 1d"),
         ("launch STUDY --results R --max-failures -1", "greater than or equal to 0"),
+        ("launch STUDY --results R --address 127.0.0.1:1", "no Ray cluster there: Connection refused"),
         ("launch digits-sharpness --results RESULTS", "holds the study 'tiny', not 'digits-sharpness'"),
         ("status --results nowhere", "there is no results directory 'nowhere'"),
         ("measure --results RESULTS --measures lpff", "Did you mean 'lpf'?"),
@@ -229,3 +232,24 @@ def test_compact_says_what_it_did(flatmin_sweep: Command, tmp_path: Path) -> Non
     tables = {one["table"]: (one["before"], one["after"]) for one in json.loads(done.stdout)}
     assert tables == {"models": (3, 1), "epochs": (3, 1), "sharpness": (3, 1), "spectra": (0, 0)}
     assert flatmin_sweep("compact", "--results", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_what_the_system_does_not_give_is_told_in_a_line(results: Path, tmp_path: Path, flatmin_sweep: Command) -> None:
+    copy = shutil.copytree(results, tmp_path / "r")
+    loop = copy / "models" / "loop.parquet"
+    loop.symlink_to(loop.name)
+    for arguments in (["status"], ["query", "SELECT * FROM models"], ["compact"]):
+        done = flatmin_sweep(*arguments, "--results", str(copy))
+        assert (done.returncode, done.stderr) == (2, f"'{loop}': Too many levels of symbolic links\n")
+
+
+def test_measuring_ends_at_an_interrupt_as_launching_does(
+    results: Path, flatmin_sweep: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("flatmin.orchestrator.launch.measure", interrupted)
+    done = flatmin_sweep("measure", "--results", str(results), "--measures", "l2_norm")
+    assert done.returncode == 130
+    assert "run the same command to go on" in done.stderr

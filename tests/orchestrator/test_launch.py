@@ -16,6 +16,7 @@ from rich.console import Console
 
 from flatmin import files
 from flatmin.errors import RequestError, ResultsError
+from flatmin.lease import Lease
 from flatmin.orchestrator.inspect import query, status
 from flatmin.orchestrator.launch import Launched, LaunchOptions, launch, measure
 from flatmin.orchestrator.runner import RunOptions
@@ -166,6 +167,9 @@ def test_a_failing_trial_is_tried_again_and_the_others_go_on(
     assert sorted(failures["attempt"]) == [1, 1, 2, 2]
     assert failures["traceback"].str.contains("ZeroDivisionError").all()
     assert (status(results).failed, status(results).remaining) == (2, 0)
+    with Lease(results, 1):  # another launch tries them afresh
+        assert (status(results).failed, status(results).remaining) == (0, 2)
+    assert (status(results).failed, status(results).remaining) == (2, 0)
     monkeypatch.undo()
     assert go(study, tmp_path / "r")[0].exit_code == 0
     assert status(results).finished == 4
@@ -299,7 +303,8 @@ def test_a_file_of_another_table_is_not_taken_for_a_commit(study: Path, tmp_path
     before = snapshot(tmp_path / "r")
     wrong = next((tmp_path / "r" / "epochs").glob("*.parquet"))
     shutil.copy(wrong, tmp_path / "r" / "models" / wrong.name)
-    assert Results(tmp_path / "r").unreadable() == [("models", tmp_path / "r" / "models" / wrong.name)]
+    unreadable = Results(tmp_path / "r").unreadable()
+    assert [found[:2] for found in unreadable] == [("models", tmp_path / "r" / "models" / wrong.name)]
     assert go(study, tmp_path / "r")[0].trained == 2
     assert equal(snapshot(tmp_path / "r"), before)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 import flatmin
-from flatmin.errors import RequestError
+from flatmin.errors import RequestError, RequestWarning, ResultsError
 from flatmin.orchestrator.cli import app
 from flatmin.orchestrator.launch import LaunchOptions, launch, measure
 from flatmin.orchestrator.replay import replay
@@ -78,6 +82,33 @@ def test_a_row_that_was_changed_is_seen(tmp_path: Path) -> None:
     assert found.difference("test_loss") == 0.0
 
 
+def rewrite(results: Results, change: Callable[[pa.Table], pa.Table]) -> None:
+    for file in (results.directory / "models").glob("*.parquet"):
+        pq.write_table(change(pq.read_table(file)), file)
+
+
+def test_a_row_from_before_a_setting_was_there_is_replayed_and_measured(tmp_path: Path) -> None:
+    """`label_smoothing` came later; at its neutral value a model is what it was before."""
+    results = launched(tmp_path, 1)
+    rewrite(results, lambda rows: rows.drop_columns(["label_smoothing", "data_noise_clip"]))
+    model_id = results.models()["model_id"][0]
+    assert replay(results, model_id).identical
+    done = measure(results.path, ["gradient_norm"], LaunchOptions(inline=True))
+    assert (done.measured, done.remaining) == (4, 0)
+    rewrite(results, lambda rows: rows.drop_columns(["momentum"] if "momentum" in rows.column_names else ["lr"]))
+    with pytest.raises(ResultsError, match=f"model {model_id} has no '(momentum|lr)', which its plug-ins take by now"):
+        replay(results, model_id)
+
+
+def test_a_row_whose_settings_were_changed_is_told(tmp_path: Path) -> None:
+    results = launched(tmp_path, 1)
+    model_id = results.models()["model_id"][0]
+    place = results.table("models").schema.get_field_index("lr")
+    rewrite(results, lambda rows: rows.set_column(place, "lr", pa.array([0.02] * len(rows))))
+    with pytest.warns(RequestWarning, match=f"the settings in the row of model {model_id} do not give this id"):
+        assert not replay(results, model_id).identical
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     results = launched(tmp_path, 1)
     ids = results.models()["model_id"].tolist()
@@ -90,6 +121,19 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     results.remove(results.table_file("models", results.models()["trial_id"][0]))
     with pytest.raises(RequestError, match="is planned, and not trained yet"):
         replay(results, ids[0])
+
+
+def test_watching_waits_for_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch makes the directory first and writes its plan a moment later."""
+    results, pauses = Results.create(tmp_path / "r", "again"), list[float]()
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flatmin.orchestrator.cli_results.time", SimpleNamespace(sleep=sleep))
+    shown = CliRunner().invoke(app, ["status", "--results", str(results.path), "--watch", "--every", "2s"])
+    assert (shown.exit_code, pauses) == (130, [2.0])
 
 
 def test_watching_ends_when_nothing_remains(tmp_path: Path) -> None:

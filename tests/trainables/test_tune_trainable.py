@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flatmin.errors import FlatminError
 from flatmin.lease import Lease
 from flatmin.orchestrator.plan import make_plan
 from flatmin.orchestrator.study import read_study
@@ -93,3 +94,22 @@ def test_one_without_a_job_ends_at_once(trainable: Callable[[], tuple[Any, Resul
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     assert told == [signal.SIGTERM]
+
+
+class Picky(Exception):
+    """An error that cannot be sent to another process: it is made of two arguments and keeps one."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
+def test_an_error_that_cannot_be_sent_is_told_all_the_same(
+    trainable: Callable[[], tuple[Any, Results]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*arguments: object) -> None:
+        raise Picky("a bug", "step 3")
+
+    monkeypatch.setattr("flatmin.trainables.job.network_builder", raises)
+    one, _ = trainable()
+    with pytest.raises(FlatminError, match="Picky: a bug at step 3"):
+        one.step()
