@@ -100,7 +100,7 @@ def test_what_a_plan_costs_is_asked_without_a_warning_or_a_download(
     trials = {(t.program["dataset"], t.program["network"]): t for t in reversed(make_plan(read(name)).trials)}
     cost = estimate(list(trials.values()))
     assert cost.problem == "" and all(seconds is not None and seconds > 0 for seconds in cost.seconds)
-    assert list(tmp_path.iterdir()) == []
+    assert [place.name for place in tmp_path.iterdir()] == ["costs"]
 
 
 @pytest.mark.parametrize("name", sorted(COUNTS))
