@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""By default Ray's workers come behind all other processes, and so behind the tests beside them."""
 
 
 @pytest.fixture(scope="session", autouse=True)

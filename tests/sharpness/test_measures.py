@@ -40,7 +40,7 @@ def test_lambda_max_stops_within_its_bound(problem: Any) -> None:
     engine = problem.engine()
     early, full = lambda_max(engine, tolerance=0.05), lambda_max(problem.engine(), tolerance=1e-9)
     assert bool(early.converged.all())
-    assert bool((early.samples >= 8).all()), "a loose tolerance still takes the least steps"
+    assert bool((early.samples >= 6).all()), "a loose tolerance still takes the least steps"
     assert bool((early.samples <= min(16, engine.n_params)).all())
     assert bool(((full.value - early.value).abs() <= early.stderr).all())
     assert bool((early.stderr <= 0.05 * early.value).all())
