@@ -177,6 +177,17 @@ class Engine(Evaluations):
         """
         return self._products(vectors, active, self._part_of_graphed, self.parts, self.params.dtype)
 
+    def products_of_stratum(self, vectors: Tensor, stratum: int, active: Tensor | None = None) -> Tensor:
+        """Return what one stratum of the examples adds to `hvps`, float64 `[S, K, d]`, for its share of their cost.
+
+        Args:
+            vectors: `[S, K, d]`.
+            stratum: Its number, below `strata`.
+            active: bool `[K]`, the models whose products are needed; the rest get anything finite.
+        """
+        slots = [0 if part == stratum else None for part in self._part_of_graphed]
+        return self._products(vectors, active, slots, 1, torch.float64)[0]
+
     def portions(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Cut `count` vectors per model, from number `first` on, into (first, count) that fit in memory.
 
@@ -198,8 +209,9 @@ class Engine(Evaluations):
         room = _ACTIVATION_BYTES.get(self.device.type, _DEVICE_BYTES)
         self._rows = max(1, int(room // (largest * self._per_example)))
         """How many models go through the network at once."""
-        self._graphed, self._part_of_graphed = cut_at(self.batches, edges(self.n_examples, max(1, self.parts)))
-        """The batches that have a graph each, and the part of the examples that each lies in."""
+        bounds = edges(self.n_examples, max(1, self.parts, self.strata))
+        self._graphed, self._part_of_graphed = cut_at(self.batches, bounds)
+        """The batches that have a graph each, and the part or stratum of the examples that each lies in."""
         if self.parts:
             self._members = membership(self.batches, self.parts)
             self.shares = torch.cat(self._members, dim=1).sum(dim=1) / self.n_examples
@@ -244,14 +256,19 @@ class Engine(Evaluations):
                 yield first
 
     def _products(
-        self, vectors: Tensor, active: Tensor | None, slots: Sequence[int], count: int, dtype: torch.dtype
+        self, vectors: Tensor, active: Tensor | None, slots: Sequence[int | None], count: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return sums of products `[count, S, K, d]`, each over the graphed batches with its number in `slots`."""
+        """Return sums of products `[count, S, K, d]`, each over the graphed batches with its number in `slots`.
+
+        Batches without a number are left out.
+        """
         narrow = vectors.to(self.params.dtype)
         result = torch.zeros(count, *vectors.shape, dtype=dtype, device=self.device)
         for first in self._starts(active):
             rows = slice(first, first + self._rows)
             for number, slot in enumerate(slots):
+                if slot is None:
+                    continue
                 at, grad = self._graph(first, number)
                 if not grad.requires_grad:
                     continue

@@ -9,7 +9,8 @@ over Rademacher vectors g:
 Unbiased for the square. Its stderr becomes that of the norm by the delta method, stderr / (2 norm); the root is biased
 by -norm / 8 of the square's squared relative error, 5e-5 of it at the default tolerance. Squaring the eigenvalues makes
 the few large ones count all the more, so the Krylov space pays more than for the trace, with which all products are
-shared. Sources: Hutchinson 1990; Meyer, Musco, Musco and Woodruff 2021 (deflation).
+shared. Where parts of the examples have draws of their own, the rest comes from products with two parts each
+(`flatmin.sharpness.probes_of_strata`). Sources: Hutchinson 1990; Meyer, Musco, Musco and Woodruff 2021 (deflation).
 
 Published by Bisla et al. 2022 (section 3) as the mean of |A v|^2 over 10 normal vectors v: the same quantity at a
 relative error of about 1 / sqrt(20) of one large eigenvalue, so there is nothing to reproduce but that noise.
@@ -25,9 +26,10 @@ from flatmin.sharpness.dense import column_products
 from flatmin.sharpness.engine import PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate, exact_by_part, sample_mean
 from flatmin.sharpness.jackknife import mean_of_first
-from flatmin.sharpness.lanczos import krylov
+from flatmin.sharpness.lanczos import Krylov, krylov
 from flatmin.sharpness.metric import Metric
 from flatmin.sharpness.probes import deflated, probes_outside
+from flatmin.sharpness.probes_of_strata import PairsOfStrata, deflated_of_strata
 
 
 def hessian_frobenius(
@@ -48,6 +50,8 @@ def hessian_frobenius(
     """
     if engine.n_params <= max_samples:
         return _exact(engine, metric)
+    if engine.strata:
+        return _over_strata(engine, metric, tolerance, max_samples)
     length = deflated(engine, max_samples)
     outside, spaces = probes_outside(engine, metric, length), krylov(engine, metric)
 
@@ -55,10 +59,13 @@ def hessian_frobenius(
         run = outside.runs(first, count, 1, active)
         return run.square * (run.alpha[..., 0].square() + run.beta[..., 0].square())
 
-    alpha, beta = spaces.coefficients(length)
-    known = alpha.square().sum(dim=1) + 2 * beta[:, :-1].square().sum(dim=1) + beta[:, -1:].square().sum(dim=1)
     mean = sample_mean(
-        draw, len(engine), tolerance=tolerance, max_samples=max_samples - length, offset=known, function=_root
+        draw,
+        len(engine),
+        tolerance=tolerance,
+        max_samples=max_samples - length,
+        offset=_known(spaces, length),
+        function=_root,
     )
     samples = mean.samples + spaces.lengths.clamp(max=length).cpu()
     without = None
@@ -69,6 +76,33 @@ def hessian_frobenius(
     return Estimate(
         mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged, without=without
     )
+
+
+def _over_strata(engine: Engine, metric: Metric, tolerance: float, max_samples: int) -> Estimate:
+    """Return the norm by products of each probe with two strata."""
+    length, draws_a_product = deflated_of_strata(engine, max_samples), engine.strata // 2
+    pairs = PairsOfStrata(engine, metric, length)
+    spaces = pairs.spaces
+    mean = sample_mean(
+        pairs.draw,
+        len(engine),
+        tolerance=tolerance,
+        max_samples=(max_samples - length) * draws_a_product,
+        offset=_known(spaces, length),
+        function=_root,
+    )
+    known = spaces.lengths.clamp(max=length).cpu()
+    passes = PRODUCT_PASSES * (known + mean.samples.double() * 2 / engine.strata)
+    without = None
+    if engine.parts:
+        without = (spaces.replicates(length)[1][1:].cpu() + pairs.without(mean.samples)).sqrt()
+    return Estimate(mean.value, mean.stderr, known + mean.samples, passes, mean.converged, without=without)
+
+
+def _known(spaces: Krylov, length: int) -> Tensor:
+    """Return |A Q|_F^2 of the first `length` Krylov vectors Q, `[K]`."""
+    alpha, beta = (part.square() for part in spaces.coefficients(length))
+    return alpha.sum(dim=1) + 2 * beta[:, :-1].sum(dim=1) + beta[:, -1:].sum(dim=1)
 
 
 def _root(square: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:

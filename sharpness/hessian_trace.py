@@ -8,8 +8,9 @@ vectors g:
 
 Unbiased, because Q does not depend on g. This is Hutch++ (Meyer, Musco, Musco and Woodruff 2021, algorithm 1)
 with the Krylov space in place of their one-step sketch (Chen and Hallman 2023): it catches the large
-eigenvalues with half the products, and `lambda_max` has often paid for them already; `hessian_frobenius` shares
-all of them.
+eigenvalues with half the products, and `lambda_max` has often paid for them already. Where parts of the examples have
+draws of their own (`flatmin.sharpness.probes_of_strata`), a round of probes costs one product and two rounds may be
+enough; elsewhere `hessian_frobenius` shares all products.
 
 `published=true` is what Bisla et al. 2022 tabulate as the trace: the sum of the 100 Ritz values of Lanczos runs,
 averaged over 2 random starts. That estimates no trace, for the weights of the quadrature are left out (their sum
@@ -29,7 +30,9 @@ from flatmin.sharpness.jackknife import mean_of_first
 from flatmin.sharpness.lanczos import krylov
 from flatmin.sharpness.metric import Metric
 from flatmin.sharpness.probes import deflated, probes_outside
+from flatmin.sharpness.probes_of_strata import deflated_of_strata, traces_of_strata
 from flatmin.sharpness.published_ritz import sum_over_ritz_values
+from flatmin.sharpness.smoothed import of_replicates
 
 
 def hessian_trace(
@@ -55,6 +58,8 @@ def hessian_trace(
         return sum_over_ritz_values(engine, metric, lambda theta: theta, tolerance=tolerance)
     if engine.n_params <= max_samples:
         return _exact(engine, metric)
+    if engine.strata:
+        return _over_strata(engine, metric, tolerance, max_samples)
     length = deflated(engine, max_samples)
     outside, spaces = probes_outside(engine, metric, length), krylov(engine, metric)
 
@@ -74,6 +79,25 @@ def hessian_trace(
     return Estimate(
         mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged, without=without
     )
+
+
+def _over_strata(engine: Engine, metric: Metric, tolerance: float, max_samples: int) -> Estimate:
+    """Return the trace by probes of each stratum's own."""
+    length, spaces = deflated_of_strata(engine, max_samples), krylov(engine, metric)
+    mean = sample_mean(
+        traces_of_strata(engine, metric, length),
+        len(engine),
+        tolerance=tolerance,
+        max_samples=max_samples - length,
+        offset=spaces.trace(length),
+        shares=engine.stratum_shares,
+    )
+    known = spaces.lengths.clamp(max=length).cpu()
+    samples, passes = known + engine.strata * mean.samples, PRODUCT_PASSES * (known + mean.samples).double()
+    without = None
+    if engine.parts:
+        without = (spaces.replicates(length)[0].cpu() + of_replicates(engine, mean.of_strata))[1:]
+    return Estimate(mean.value, mean.stderr, samples, passes, mean.converged, without=without, drawn_by_part=True)
 
 
 def _exact(engine: Engine, metric: Metric) -> Estimate:
