@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from flatmin.errors import RequestError
+from flatmin.errors import RequestError, nearest
 from flatmin.sharpness.engine import Engine
 from flatmin.sharpness.guards import generators_kept
 from flatmin.sharpness.losses import check_mean, per_example
@@ -27,6 +27,9 @@ Loss = str | Callable[[Tensor, Tensor], Tensor]
 Vectorize = Literal["auto", "vmap", "loop"]
 Data = tuple[Tensor, Tensor] | Iterable[Sequence[Tensor]]
 """Inputs and targets, or batches of them (a DataLoader)."""
+
+SETS = ("val", "test")
+"""The names that `data=` can give beside `train`, which is the examples themselves."""
 
 
 def measure(
@@ -198,6 +201,9 @@ def _measured(
     vectorize: Vectorize,
 ) -> Measured:
     _check_labels(measures)
+    for name in sets or {}:
+        if name not in SETS:
+            raise RequestError(f"sets has '{name}', which no measure can ask for.{nearest(name, SETS)}")
     model, device = _trained(model), _device(model, memory, vectorize)
     with _undisturbed(device):
         network = StackedNetwork(model, vectorize)

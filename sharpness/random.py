@@ -34,4 +34,5 @@ def random(engine: Engine) -> Estimate:
     tags = engine.keys ^ stream_key("random measure") ^ torch.tensor(of_weights, device=engine.device)
     keys = Streams(tags).keys
     drawn: torch.Tensor = vmap(lambda key: normal(key, (1,)))(keys)
-    return exact(drawn[:, 0].cpu(), passes=0.0)
+    undefined = ~engine.params.isfinite().all(dim=1)  # as all other measures are, which this one is compared with
+    return exact(drawn[:, 0].masked_fill(undefined, torch.nan).cpu(), passes=0.0)

@@ -75,6 +75,9 @@ def test_random_is_standard_normal_and_belongs_to_the_stream() -> None:
     assert some.value.tolist() == estimate.value[[17, 3]].tolist()
     other = Engine(StackedNetwork(module), params + 1e-9, {}, [batch], torch.arange(count))
     assert not set(random(other).value.tolist()) & set(estimate.value.tolist()), "models of one seed differ"
+    broken = random(Engine(StackedNetwork(module), engine.params * torch.nan, {}, engine.batches, engine.keys))
+    assert bool(broken.value.isnan().all())
+    assert not bool(broken.converged.any())
 
 
 def test_what_they_do_not_look_at_is_refused() -> None:

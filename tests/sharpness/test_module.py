@@ -126,6 +126,14 @@ def test_other_sets_and_subsets() -> None:
     assert frame["stderr"][1] > frame["stderr"][0]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("tst", "'tst'.*Did you mean 'test'"), ("train", "'train'.*Valid: test, val")]
+)
+def test_a_set_that_nothing_asks_for_is_refused(name: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        measure(model(), "cross_entropy", examples(), ["lpf"], sets={name: examples()})
+
+
 def test_initial_weights_reach_the_measure(monkeypatch: pytest.MonkeyPatch) -> None:
     def distance(engine: Engine, **arguments: Any) -> Estimate:
         return exact((engine.params - engine.initial_weights()).double().norm(dim=1), passes=0.0)
