@@ -42,7 +42,8 @@ OfLoss = Callable[[Tensor, Tensor], Tensor]
 """`of_loss(losses, centre)` changes losses `[S, 1 + P, K]`, given those at w, `[1 + P, K]`: 0 if not asked for."""
 
 _LENGTH, _LENGTH_OF_STRATA = 16, 8
-"""Vectors of the control variate's space. With strata 16 leave no less of the spread than 8 do (n = 1)."""
+"""Vectors of the control variate's space. With strata 16 leave no less of the spread than 8 do (n = 1), and 8 are what
+the trace takes there."""
 
 _WORTHWHILE, _WORTHWHILE_OF_STRATA = 2 * FEWEST_PAIRS - FEWEST, 16
 """Further draws from which on a model takes pairs: as many as the fewest pairs are, and with strata half of what the
@@ -92,7 +93,7 @@ def smoothed_mean(
 
         return draw
 
-    length = min(_LENGTH, krylov_capacity(engine))
+    length = min(_LENGTH_OF_STRATA if engine.strata else _LENGTH, krylov_capacity(engine))
     mean = sample_mean(
         draws(1.0),
         len(engine),
