@@ -166,7 +166,7 @@ class Engine(Evaluations):
             vectors: `[S, K, d]`.
             active: bool `[K]`, the models whose products are needed; the rest get anything finite.
         """
-        return self._products(vectors, active, [0] * len(self._graphed), 1, torch.float64)[0]
+        return self._products(vectors, active, [0] * self._whole, 1, torch.float64)[0]
 
     def products_by_part(self, vectors: Tensor, active: Tensor | None = None) -> Tensor:
         """Return what each part of the examples adds to `hvps`, in the precision of the weights, `[P, S, K, d]`.
@@ -185,7 +185,8 @@ class Engine(Evaluations):
             stratum: Its number, below `strata`.
             active: bool `[K]`, the models whose products are needed; the rest get anything finite.
         """
-        slots = [0 if part == stratum else None for part in self._part_of_graphed]
+        first = 0 if self.parts else self._whole
+        slots = [None] * first + [0 if part == stratum else None for part in self._part_of_graphed[first:]]
         return self._products(vectors, active, slots, 1, torch.float64)[0]
 
     def portions(self, first: int, count: int) -> Iterator[tuple[int, int]]:
@@ -209,21 +210,25 @@ class Engine(Evaluations):
         room = _ACTIVATION_BYTES.get(self.device.type, _DEVICE_BYTES)
         self._rows = max(1, int(room // (largest * self._per_example)))
         """How many models go through the network at once."""
-        bounds = edges(self.n_examples, max(1, self.parts, self.strata))
-        self._graphed, self._part_of_graphed = cut_at(self.batches, bounds)
-        """The batches that have a graph each, and the part or stratum of the examples that each lies in."""
+        self._graphed, self._part_of_graphed = cut_at(self.batches, edges(self.n_examples, max(1, self.parts)))
+        """The batches that have a graph each, and the part of the examples that each lies in."""
+        self._whole = len(self._graphed)
+        """How many of them are all examples; behind them are those of strata, where these are no parts."""
         if self.parts:
             self._members = membership(self.batches, self.parts)
             self.shares = torch.cat(self._members, dim=1).sum(dim=1) / self.n_examples
         self._begin_strata(room)
         everything = len(self) * self.n_examples * self._per_example * _SAVED_PER_ACTIVATION
         self._keeps_graphs = everything <= self.memory
+        self._keeps_graphs_of_strata = 2 * everything <= self.memory
         self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def _begin_strata(self, room: int) -> None:
         """Cut the examples where strata begin; so much fits in at once."""
         if self.strata:
             pieces, numbers = cut_at(self.batches, edges(self.n_examples, self.strata))
+            if not self.parts:  # smaller graphs cost more, which products with all examples need not pay
+                self._graphed, self._part_of_graphed = self._graphed + pieces, self._part_of_graphed + numbers
             self._of_stratum = [[] for _ in range(self.strata)]
             for piece, number in zip(pieces, numbers, strict=True):
                 self._of_stratum[number].append(piece)
@@ -288,13 +293,13 @@ class Engine(Evaluations):
             index = torch.arange(first, first + len(at), device=self.device)
             losses = self._sum_of_losses(at, index, self._graphed[number]) / self.n_examples
             (grad,) = torch.autograd.grad(losses.sum(), at, create_graph=True)
-        if self._keeps_graphs:
+        if self._keeps_graphs if number < self._whole else self._keeps_graphs_of_strata:
             self._graphs[first, number] = (at, grad)
         return at, grad
 
     def _gradient(self) -> Tensor:
         result = torch.zeros(self.params.shape, dtype=torch.float64, device=self.device)
         for first in self._starts(None):
-            for number in range(len(self._graphed)):
+            for number in range(self._whole):
                 result[first : first + self._rows] += self._graph(first, number)[1].detach()
         return result

@@ -54,8 +54,8 @@ class Estimate:
         curves: What the measure found beside its value.
         without: Of a subset, the value without each of its parts (`flatmin.sharpness.jackknife`), `[P, K]`; None
             where a measure does not tell.
-        drawn_by_part: Whether every part had random draws of its own, so that what they add to the error is in the
-            spread of `without` too.
+        draws_in_parts: How many times what random draws add to the error is in the spread of `without` as well: not at
+            all where all parts share their draws, once where each has its own, twice where each draw is of two.
     """
 
     value: Tensor
@@ -65,7 +65,7 @@ class Estimate:
     converged: Tensor
     curves: Sequence[Curve] = ()
     without: Tensor | None = None
-    drawn_by_part: bool = False
+    draws_in_parts: int = 0
 
 
 def exact(value: Tensor, *, passes: float, samples: int = 1, without: Tensor | None = None) -> Estimate:

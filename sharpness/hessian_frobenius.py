@@ -7,7 +7,7 @@ over Rademacher vectors g:
     |A|_F^2 = sum alpha_j^2 + 2 sum_{j < m} beta_j^2 + beta_m^2 + E|A z|^2,  z = (I - Q Q^T) g.
 
 Unbiased for the square. Its stderr becomes that of the norm by the delta method, stderr / (2 norm); the root is biased
-by -norm / 8 of the square's squared relative error, 5e-5 of it at the default tolerance. Squaring the eigenvalues makes
+by -norm / 8 of the square's squared relative error, 2e-4 of it at the default tolerance. Squaring the eigenvalues makes
 the few large ones count all the more, so the Krylov space pays more than for the trace, with which all products are
 shared. Where parts of the examples have draws of their own, the rest comes from products with two parts each
 (`flatmin.sharpness.probes_of_strata`). Sources: Hutchinson 1990; Meyer, Musco, Musco and Woodruff 2021 (deflation).
@@ -69,7 +69,9 @@ def hessian_frobenius(
     )
     samples = mean.samples + spaces.lengths.clamp(max=length).cpu()
     without = None
-    if engine.parts:
+    if engine.parts and not bool(mean.samples.any()):
+        without = torch.full((engine.parts, len(engine)), torch.nan, dtype=torch.float64)
+    elif engine.parts:
         run = outside.runs(0, int(mean.samples.max()), 1, mean.samples > 0)
         drawn = mean_of_first(run.square[:, None] * run.further, mean.samples.to(engine.device))
         without = (spaces.replicates(length)[1] + drawn)[1:].sqrt().cpu()
@@ -95,8 +97,10 @@ def _over_strata(engine: Engine, metric: Metric, tolerance: float, max_samples: 
     passes = PRODUCT_PASSES * (known + mean.samples.double() * 2 / engine.strata)
     without = None
     if engine.parts:
-        without = (spaces.replicates(length)[1][1:].cpu() + pairs.without(mean.samples)).sqrt()
-    return Estimate(mean.value, mean.stderr, known + mean.samples, passes, mean.converged, without=without)
+        without = (spaces.replicates(length)[1][1:].cpu() + pairs.without(mean.samples)).clamp(min=0.0).sqrt()
+    return Estimate(
+        mean.value, mean.stderr, known + mean.samples, passes, mean.converged, without=without, draws_in_parts=2
+    )
 
 
 def _known(spaces: Krylov, length: int) -> Tensor:
@@ -106,7 +110,7 @@ def _known(spaces: Krylov, length: int) -> Tensor:
 
 
 def _root(square: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:
-    norm = square.sqrt()
+    norm = square.clamp(min=0.0).sqrt()  # the part that is drawn may come out below 0
     return norm, torch.where(norm > 0, stderr / (2 * norm), stderr)
 
 

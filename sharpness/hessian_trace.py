@@ -72,7 +72,9 @@ def hessian_trace(
     )
     samples = mean.samples + spaces.lengths.clamp(max=length).cpu()
     without = None
-    if engine.parts:
+    if engine.parts and not bool(mean.samples.any()):
+        without = torch.full((engine.parts, len(engine)), torch.nan, dtype=torch.float64)
+    elif engine.parts:
         run = outside.runs(0, int(mean.samples.max()), 1, mean.samples > 0)
         drawn = mean_of_first(run.square[:, None] * run.along, mean.samples.to(engine.device))
         without = (spaces.replicates(length)[0] + drawn)[1:].cpu()
@@ -84,8 +86,9 @@ def hessian_trace(
 def _over_strata(engine: Engine, metric: Metric, tolerance: float, max_samples: int) -> Estimate:
     """Return the trace by probes of each stratum's own."""
     length, spaces = deflated_of_strata(engine, max_samples), krylov(engine, metric)
+    draw = traces_of_strata(engine, metric, length)
     mean = sample_mean(
-        traces_of_strata(engine, metric, length),
+        draw,
         len(engine),
         tolerance=tolerance,
         max_samples=max_samples - length,
@@ -97,7 +100,7 @@ def _over_strata(engine: Engine, metric: Metric, tolerance: float, max_samples: 
     without = None
     if engine.parts:
         without = (spaces.replicates(length)[0].cpu() + of_replicates(engine, mean.of_strata))[1:]
-    return Estimate(mean.value, mean.stderr, samples, passes, mean.converged, without=without, drawn_by_part=True)
+    return Estimate(mean.value, mean.stderr, samples, passes, mean.converged, without=without, draws_in_parts=1)
 
 
 def _exact(engine: Engine, metric: Metric) -> Estimate:

@@ -142,7 +142,7 @@ def pac_bayes(
         search.passes(),
         converged,
         without=without if engine.parts else None,
-        drawn_by_part=engine.strata > 0,
+        draws_in_parts=int(engine.strata > 0),
     )
 
 

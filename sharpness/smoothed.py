@@ -133,7 +133,7 @@ def _mean_over_strata(
     without = known[1:] + of_replicates(engine, mean.of_strata)[1:] if engine.parts else None
     passes = _passes(mean, length, above_centre=above_centre)
     samples = engine.strata * mean.samples
-    return Estimate(mean.value, mean.stderr, samples, passes, mean.converged, without=without, drawn_by_part=True)
+    return Estimate(mean.value, mean.stderr, samples, passes, mean.converged, without=without, draws_in_parts=1)
 
 
 def _passes(mean: Mean, length: int, *, above_centre: bool) -> Tensor:

@@ -2,16 +2,17 @@
 
 A measure that tells its value without each part of the subset gets the jackknife's error, at no further pass
 (`flatmin.sharpness.jackknife`). Any other is taken again on G = 16 disjoint groups of m / G examples, with the first of
-the same random vectors and no more than a rough tolerance asks for, so that all groups together cost no more than the
-subset. With V the variance of the groups' values,
+the same random vectors and no more than a rough tolerance asks for, so that all groups together cost about what the
+subset does, and more where it has strata and they are too small for any. With V the variance of the groups' values,
 
     sampling error^2 = V / G (1 - m / n) + b^2,    b = (mean of the groups - value) / (G - 1) (1 - m / n).
 
 The first term is exact for a mean over examples, and for any measure that is close to one in the neighbourhood of a
 group's size; b is the bias of a value that changes like 1 / m. Source: the method of random groups with a
 finite-population correction (Wolter, Introduction to Variance Estimation, 2007, chapter 2), and the jackknife's bias
-(Quenouille 1956). The sampling error is added to the measure's own in quadrature. Where every part had draws of its
-own, the jackknife's variance J holds what they add, D, as well: J (1 - m / n) + D m / n counts each once.
+(Quenouille 1956). The sampling error is added to the measure's own in quadrature. What draws of the
+parts' own add, D, is in the jackknife's variance J as well, w times: J (1 - m / n) + D (1 - w (1 - m / n)) counts each
+once, and D at least is told.
 
 A spread of P parts or groups has P - 1 degrees of freedom, a row does not tell how many, and where few examples carry a
 value the parts are skewed. So the sampling error is multiplied by `jackknife.widening`, 1.09 for 16 and 1.04 for 32
@@ -61,7 +62,7 @@ def measure_of_subset(sample: Engine, label: MeasureLabel, take: Take) -> Estima
     else:
         parts = estimate.value, estimate.without.cpu(), sample.shares.to(estimate.value.device)
         variance = sampling_variance(*parts, 1 - share, widening(pseudo_values(*parts)))
-        own = own * share if estimate.drawn_by_part else own
+        variance = (variance - estimate.draws_in_parts * own * (1 - share)).clamp(min=0.0)
     error = (own + variance).sqrt()
     # A measure without a tolerance only needs a finite error.
     tolerance = float(label.arguments.get("tolerance", math.inf))

@@ -13,7 +13,7 @@ from tests.sharpness.test_strata import copies
 from torch import Tensor
 
 from flatmin.sharpness import Engine, measure_stack, probes_of_strata
-from flatmin.sharpness.hessian_frobenius import hessian_frobenius
+from flatmin.sharpness.hessian_frobenius import _root, hessian_frobenius
 from flatmin.sharpness.hessian_trace import hessian_trace
 from flatmin.sharpness.lanczos import krylov
 from flatmin.sharpness.probes_of_strata import PairsOfStrata, traces_of_strata
@@ -76,7 +76,8 @@ def test_draws_are_those_of_dense_hessians() -> None:
             expected = torch.einsum("sd,de,se->s", probes, parts[p], probes) / shares[p]
             torch.testing.assert_close(found[:, p, k], expected, rtol=1e-9, atol=1e-12)
         for j in (0, 18):
-            p, q = permutation(stream_key("pair of strata", j), 18)[:2].tolist()
+            turn, place = divmod(j, 9)
+            p, q = permutation(stream_key("pairs of strata", turn), 18)[2 * place : 2 * place + 2].tolist()
             probe = engine.vectors("rademacher", "probe of a pair", j, 1)[0, k] @ z
             a, b = parts[p] @ probe, parts[q] @ probe
             torch.testing.assert_close(squares[j, k], 9 * (a @ a + b @ b) + 18 * 17 * (a @ b), rtol=1e-9, atol=1e-12)
@@ -145,6 +146,39 @@ def test_intervals_of_a_subset_cover(monkeypatch: pytest.MonkeyPatch, measure: s
     inside = ((values - whole["value"]).abs() <= 1.96 * errors).double().mean().item()
     assert 0.90 <= inside <= 0.99
     assert 0.9 <= (errors.square().mean().sqrt() / values.std()).item() <= 1.25
+
+
+@pytest.mark.parametrize("measure", ["hessian_trace", "hessian_frobenius"])
+def test_draws_count_once_in_the_error_of_a_subset(monkeypatch: pytest.MonkeyPatch, measure: str) -> None:
+    """A sixth of 3072 examples and one Krylov vector: the draws rule, which the jackknife holds once or twice more."""
+    monkeypatch.setattr(probes_of_strata, "_LENGTH", 1)
+    label = f"{measure}(max_samples=5, subset=512)"
+
+    def taken(engine: Engine) -> Tensor:
+        (rows,) = measure_stack(engine, [label])
+        return torch.tensor([[row[name] for row in rows] for name in ("value", "stderr")], dtype=torch.float64)
+
+    values, errors = over_pairs(monkeypatch, copies(3072, 160), taken)
+    told = errors.square().mean().sqrt().item()
+    assert 0.85 <= told / values.std().item() <= 1.3
+    alone = measure_stack(copies(512, 1), [f"{measure}(max_samples=5)"])[0][0]["stderr"]
+    assert alone > 0.5 * told, "the draws do rule"
+
+
+@pytest.mark.parametrize("measure", ["hessian_trace", "hessian_frobenius"])
+@pytest.mark.parametrize("subset", [200, 320], ids=["no strata", "strata"])
+def test_a_subset_of_models_that_are_not_finite_is_undefined(measure: str, subset: int) -> None:
+    engine = copies(640, 2)
+    engine.params[:] = torch.nan
+    (rows,) = measure_stack(engine, [f"{measure}(max_samples=30, subset={subset})"])
+    assert [(row["value"], row["converged"]) for row in rows] == [(None, False)] * 2
+
+
+def test_a_square_that_comes_out_below_zero_is_zero_and_goes_on() -> None:
+    value, stderr = _root(torch.tensor([-0.5, 4.0, torch.nan]), torch.tensor([1.0, 1.0, 1.0]))
+    assert value[:2].tolist() == [0.0, 2.0]
+    assert stderr[:2].tolist() == [1.0, 0.25], "with an error that no tolerance of a value of 0 allows"
+    assert bool(value[2].isnan())
 
 
 def test_values_do_not_depend_on_cuts_memory_neighbours_or_other_measures() -> None:
