@@ -23,6 +23,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from flatmin.sharpness import measure
+from flatmin.sharpness.engine import PRODUCT_PASSES
 
 PEERS = {"pyhessian": "PyHessian", "curvlinops": "curvlinops-for-pytorch"}
 
@@ -108,9 +109,9 @@ class Peers:
         with timer.running():
             frame = measure(self.subject.model, "cross_entropy", (self.subject.x, self.subject.y), [label])
         row = frame.iloc[0]
-        self.errors[name], self.samples = row["stderr"], int(row["samples"])
+        self.errors[name], self.products_made = row["stderr"], round(row["passes"] / PRODUCT_PASSES)
         note = f"error {row['stderr']:.2g}" + ("" if row["converged"] else ", not converged")
-        return Reached(timer.median(), row["samples"], row["value"], note)
+        return Reached(timer.median(), self.products_made, row["value"], note)
 
     def pyhessian_trace(self) -> Reached:
         """Return what Hutchinson's method needs at PyHessian's speed."""
@@ -173,7 +174,7 @@ class Peers:
 
     def curvlinops_hutchpp(self) -> Reached:
         """Return what runs of Hutch++ need, each with as many products as ours took."""
-        operator, timer, each = curvlinops_of(self.curvlinops, self.subject), Timer(), 3 * max(1, self.samples // 3)
+        operator, timer, each = curvlinops_of(self.curvlinops, self.subject), Timer(), 3 * max(1, self.products_made // 3)
         hutchpp = importlib.import_module("curvlinops").hutchpp_trace
         torch.manual_seed(1)
         with timer.running():
@@ -221,10 +222,10 @@ class Peers:
         size = [float((np.abs(at) * weight).sum()) for at, weight in pairs]
         share = sum(negative) / sum(size)
         residuals = [(a - share * b) / statistics.mean(size) for a, b in zip(negative, size, strict=True)]
-        runs = self.samples / LANCZOS_STEPS
+        runs = self.products_made / LANCZOS_STEPS
         error = math.sqrt(statistics.variance(residuals) / runs)
         said = f"{LANCZOS_STEPS} steps; error {error:.2g} and an unknown bias" + (f"; {note}" if note else "")
-        return Reached(seconds * runs / len(pairs), self.samples, share, said)
+        return Reached(seconds * runs / len(pairs), self.products_made, share, said)
 
 
 LANCZOS_STEPS, RUNS = 16, 4
