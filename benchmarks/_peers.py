@@ -174,7 +174,8 @@ class Peers:
 
     def curvlinops_hutchpp(self) -> Reached:
         """Return what runs of Hutch++ need, each with as many products as ours took."""
-        operator, timer, each = curvlinops_of(self.curvlinops, self.subject), Timer(), 3 * max(1, self.products_made // 3)
+        operator, timer = curvlinops_of(self.curvlinops, self.subject), Timer()
+        each = 3 * max(1, self.products_made // 3)
         hutchpp = importlib.import_module("curvlinops").hutchpp_trace
         torch.manual_seed(1)
         with timer.running():
