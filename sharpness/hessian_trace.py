@@ -26,7 +26,6 @@ from flatmin.sharpness.arguments import MaxSamples, MetricChoice, Published, Tol
 from flatmin.sharpness.dense import column_products
 from flatmin.sharpness.engine import PRODUCT_PASSES, Engine
 from flatmin.sharpness.estimate import Estimate, exact_by_part, sample_mean
-from flatmin.sharpness.jackknife import mean_of_first
 from flatmin.sharpness.lanczos import krylov
 from flatmin.sharpness.metric import Metric
 from flatmin.sharpness.probes import deflated, probes_outside
@@ -72,11 +71,8 @@ def hessian_trace(
     )
     samples = mean.samples + spaces.lengths.clamp(max=length).cpu()
     without = None
-    if engine.parts and not bool(mean.samples.any()):
-        without = torch.full((engine.parts, len(engine)), torch.nan, dtype=torch.float64)
-    elif engine.parts:
-        run = outside.runs(0, int(mean.samples.max()), 1, mean.samples > 0)
-        drawn = mean_of_first(run.square[:, None] * run.along, mean.samples.to(engine.device))
+    if engine.parts:
+        drawn = outside.mean_of_first(mean.samples, lambda run: run.along)
         without = (spaces.replicates(length)[0] + drawn)[1:].cpu()
     return Estimate(
         mean.value, mean.stderr, samples, PRODUCT_PASSES * samples.double(), mean.converged, without=without

@@ -9,6 +9,7 @@ Analysis of stochastic Lanczos quadrature for spectrum approximation).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flatmin.sharpness.engine import Engine
+from flatmin.sharpness.jackknife import mean_of_first
 from flatmin.sharpness.lanczos import krylov, krylov_capacity
 from flatmin.sharpness.metric import Metric
 from flatmin.sharpness.products import product
@@ -81,6 +83,20 @@ class Probes:
         alpha, beta = (torch.stack([_first(getattr(part, name)[0], steps) for part in parts]) for name in _LISTED)
         square, along, further = (torch.cat([getattr(part, name) for part in parts]) for name in _SINGLE)
         return Runs(square, alpha, beta, along, further)
+
+    def mean_of_first(self, counts: Tensor, of: Callable[[Runs], Tensor]) -> Tensor:
+        """Return the mean of |z|^2 times what first steps tell, over each model's first probes, `[1 + P, K]`.
+
+        Args:
+            counts: How many probes of each model, int64 `[K]`; of none the mean is NaN.
+            of: What of them, `[S, 1 + P, K]`.
+        """
+        counts = counts.to(self.engine.device)
+        if not bool(counts.any()):
+            shape = 1 + self.engine.parts, len(counts)
+            return torch.full(shape, torch.nan, dtype=torch.float64, device=counts.device)
+        run = self.runs(0, int(counts.max()), 1, counts > 0)
+        return mean_of_first(run.square[:, None] * of(run), counts)
 
     def _steps_of(self, number: int) -> Tensor:
         """Return how many steps of a probe are known, `[K]`."""

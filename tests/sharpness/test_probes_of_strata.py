@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import t as student
-from tests.sharpness.test_strata import copies
+from tests.sharpness.test_strata import assert_alike, copies
 from torch import Tensor
 
 from flatmin.sharpness import Engine, measure_stack, probes_of_strata
@@ -191,10 +191,7 @@ def test_values_do_not_depend_on_cuts_memory_neighbours_or_other_measures() -> N
         [[row] * 4 for (row,) in measure_stack(copies(301, 4).select(torch.tensor([2])), labels)],
     ]
     for other in others:
-        for row, twin in zip(whole, other, strict=True):
-            assert twin[2]["value"] == pytest.approx(row[2]["value"], rel=1e-9)
-            assert twin[2]["stderr"] == pytest.approx(row[2]["stderr"], rel=1e-6)
-            assert twin[2]["samples"] == row[2]["samples"]
+        assert_alike(whole, other)
 
 
 @pytest.mark.parametrize("measure", [hessian_trace, hessian_frobenius])
