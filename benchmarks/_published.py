@@ -161,9 +161,9 @@ class Published:
         return sum(self._at(self._noise(LPF_SIGMA)) for _ in range(units)) / units
 
     def local_entropy(self, units: int) -> float:
-        """Return minus the log of the mean of exp(-L) under noise of deviation 1 / sqrt(gamma), signs put right."""
-        losses = torch.tensor([self._at(self._noise(GAMMA**-0.5)) for _ in range(units)])
-        return math.log(units) - float(torch.logsumexp(-losses, dim=0))
+        """Return minus the log of the mean of exp(+L) under noise of deviation 1 / gamma, as the published code has it."""
+        losses = torch.tensor([self._at(self._noise(1 / GAMMA)) for _ in range(units)])
+        return math.log(units) - float(torch.logsumexp(losses, dim=0))
 
     def local_entropy_gradient(self, units: int) -> float:
         """Return the mean over batches of how far a Langevin chain of so many steps is pulled away."""

@@ -34,7 +34,7 @@ def labels(options: argparse.Namespace, subset: int | None) -> list[str]:
         "eps_sharpness": {"tolerance": TOLERANCE},
         "pac_bayes": {"tolerance": TOLERANCE},
         "lpf": {"tolerance": TOLERANCE},
-        "local_entropy": {"tolerance": TOLERANCE},
+        "local_entropy": {"tolerance": TOLERANCE, "exponent": "loss", "deviation": "reciprocal"},
         "local_entropy_gradient": {"tolerance": TOLERANCE, "batch": chains, "times_gamma": "false"},
         "fisher_rao": {"fisher": "hessian"},
         "lambda_max": {"tolerance": TOLERANCE},

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from flatmin.errors import RequestError
 from flatmin.labels import parse_label
-from flatmin.sharpness.losses import PerExample, cross_entropy, squared_error
+from flatmin.sharpness.losses import PerExample, class_axis, cross_entropy, squared_error
 from flatmin.trainables.dataset import Dataset, Task
 from flatmin.trainables.training import Recipe
 
@@ -147,13 +147,15 @@ def _squared_errors(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropies(outputs: Tensor, targets: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
-    logs, own = outputs.log_softmax(dim=2), targets[..., None]
-    losses, slopes, rest = -logs.gather(2, own)[..., 0], logs.exp(), logs.new_ones(())
+    axis = class_axis(outputs)
+    logs, own = outputs.movedim(2, axis).contiguous().log_softmax(dim=axis), targets.unsqueeze(axis)
+    losses, slopes, rest = -logs.gather(axis, own).squeeze(axis), logs.exp(), logs.new_ones(())
     if smoothing is not None:
         share = smoothing.to(losses.dtype)[:, None]
-        losses, rest = torch.lerp(losses, -logs.mean(dim=2), share), 1.0 - share[..., None]
-        slopes -= share[..., None] / outputs.shape[2]
-    return losses, slopes.scatter_add_(2, own, -rest.expand(own.shape))
+        losses, rest = torch.lerp(losses, -logs.mean(dim=axis), share), 1.0 - share.unsqueeze(axis)
+        slopes -= share.unsqueeze(axis) / outputs.shape[2]
+    slopes.scatter_add_(axis, own, -rest.expand(own.shape))
+    return losses, slopes.movedim(axis, 2).contiguous()
 
 
 def objective(dataset: Dataset, device: torch.device) -> Objective:

@@ -134,8 +134,8 @@ class StackTrainer:
         shares = [recipe.label_smoothing for recipe in self._recipes]
         smoothing = torch.tensor(shares, dtype=self.progress.params.dtype, device=self.device)
         self._smoothing = smoothing if any(shares) else None
-        limits = [recipe.max_loss for recipe in self._recipes]
-        self._max_loss = torch.tensor(limits, dtype=torch.float64, device=self.device)
+        self._limits = [recipe.max_loss for recipe in self._recipes]
+        self._max_loss = torch.tensor(self._limits, dtype=torch.float64, device=self.device)
         keys = [stream_key("training", recipe.order_seed) for recipe in self._recipes]
         self._keys = torch.tensor(keys, dtype=torch.int64, device=self.device)
         keys = [stream_key("optimizer", recipe.order_seed) for recipe in self._recipes]
@@ -158,7 +158,7 @@ class StackTrainer:
         """Return the batches of a step over examples `[K, s]`."""
         rule, size = self.optimizer.composed.rule, self.recipes[0].batch_size
         if not rule.splits:
-            return list(torch.split(order, size, 1))
+            return [order] if order.shape[1] <= size else list(torch.split(order, size, 1))
         # a short last batch has fewer micro-batches rather than smaller ones, which BatchNorm could not take
         return list(order.tensor_split(max(1, order.shape[1] * rule.batches // size), 1))
 
@@ -196,13 +196,12 @@ class StackTrainer:
         )
         stepping = self._optimizer.composed.steps(now.params, now.optimizer, step)
         losses, params, state = answered(stepping, passes.answer)
-        updated = passes.buffers
-        fits = losses <= self._max_loss  # false for NaN as well
-        keep = now.running & fits & all_finite(params)
-        before = now.params, now.buffers
-        if params.is_cpu and bool(keep.all()):  # elsewhere to ask is to wait
+        updated, before = passes.buffers, (now.params, now.buffers)
+        if self._all_go_on(losses, params):
             now.params, now.buffers, now.optimizer = params, updated, dict(state)
         else:
+            fits = losses <= self._max_loss  # false for NaN as well
+            keep = now.running & fits & torch.isfinite(params).all(dim=1)
             back = now.running & ~fits
             now.params = _where(keep, params, _where(back, now.params_before, now.params))
             now.buffers = {
@@ -210,8 +209,20 @@ class StackTrainer:
                 for name, buffer in now.buffers.items()
             }
             now.optimizer = {name: _where(keep, state[name], old) for name, old in now.optimizer.items()}
+            now.running = keep
         now.params_before, now.buffers_before = before
-        now.running = keep
+
+    def _all_go_on(self, losses: Tensor, params: Tensor) -> bool:
+        """Return whether no model has diverged, where that costs little to know: to ask a GPU is to wait for it.
+
+        A sum is finite only if every term is; in Python a few numbers are compared sooner than in tensors.
+        """
+        return (
+            params.is_cpu
+            and all(self.progress.running.tolist())
+            and all(loss <= limit for loss, limit in zip(losses.tolist(), self._limits, strict=True))
+            and all(map(math.isfinite, params.sum(dim=1).tolist()))
+        )
 
     def _lr_factors(self, step: int) -> list[float]:
         """Return what each model's learning rate is multiplied by in a step of this epoch."""
@@ -371,13 +382,6 @@ def initial_stack(
 
 def _cast(buffer: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer.to(dtype) if buffer.is_floating_point() else buffer
-
-
-def all_finite(params: Tensor) -> Tensor:
-    """Return which models' weights `[K, d]` are all finite, bool `[K]`."""
-    if params.is_cpu and bool((found := params.sum(dim=1).isfinite()).all()):
-        return found  # in one pass: a sum is finite only if every term is
-    return torch.isfinite(params).all(dim=1)
 
 
 def _where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

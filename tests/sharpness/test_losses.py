@@ -55,6 +55,25 @@ def test_a_mean_of_ones_own_has_second_derivatives() -> None:
     assert torch.allclose(second, 4 * (OUTPUTS - NUMBERS).square())
 
 
+@pytest.mark.parametrize("classes", [2, 32, 33])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_cross_entropy_and_its_derivatives_are_torchs(classes: int, smoothing: float, stacked: bool) -> None:
+    z, y = 3 * torch.randn(2, 5, classes, dtype=torch.float64), torch.randint(classes, (2, 5))
+    torchs = partial(functional.cross_entropy, reduction="none", label_smoothing=smoothing)
+
+    def found(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        own = torch.func.vmap(loss) if stacked else lambda z, y: torch.stack([loss(z[0], y[0]), loss(z[1], y[1])])
+        leaf = z.clone().requires_grad_()
+        losses = own(leaf, y)
+        (grad,) = torch.autograd.grad(losses.square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.square().sum(), leaf)
+        return losses, grad, second
+
+    for ours, theirs in zip(found(partial(cross_entropy, label_smoothing=smoothing)), found(torchs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_the_given_module_is_not_changed() -> None:
     loss = nn.MSELoss()
     per_example(loss)(OUTPUTS, NUMBERS)

@@ -106,7 +106,11 @@ def test_training_is_a_plain_loop_with_torchs_own_loss(
 
 @pytest.mark.parametrize(("task", "weights", "smoothing"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_slopes_are_autograds(task: Task, weights: Tensor | None, smoothing: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few", [32, 0])
+def test_slopes_are_autograds(
+    task: Task, weights: Tensor | None, smoothing: Any, dtype: torch.dtype, few: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("flatmin.sharpness.losses._FEW_CLASSES", few)
     dataset = drawn(task, weights=weights)
     own = objective(dataset, torch.device("cpu"))
     y = torch.stack([target(dataset.train_y).to(dtype) if task == "regression" else dataset.train_y.long()] * 3)

@@ -20,7 +20,7 @@ from flatmin.stack.streams import dropout_mask
 from flatmin.trainables.corruption import noisy_labels
 from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.networks.mlp import mlp
-from flatmin.trainables.trainer import StackTrainer, all_finite
+from flatmin.trainables.trainer import StackTrainer
 from flatmin.trainables.training import Recipe, training
 from flatmin.trial import Execution, Model, Trial
 
@@ -320,11 +320,21 @@ def test_diverged_model_keeps_the_weights_from_before(dataset: Dataset) -> None:
     assert torch.equal(trainer.outcomes[0].params, initial[0])
 
 
-def test_large_weights_are_finite_though_their_sum_is_not() -> None:
-    large = torch.full((3, 4), 3e38)
-    large[1, 2], large[2, 0] = torch.inf, torch.nan
-    assert all_finite(large).tolist() == [True, False, False]
-    assert all_finite(torch.ones(2, 4)).tolist() == [True, True]
+@pytest.mark.parametrize(("weight", "status"), [(3e38, "finished"), (math.inf, "diverged"), (math.nan, "diverged")])
+def test_large_weights_are_finite_though_their_sum_is_not(dataset: Dataset, weight: float, status: str) -> None:
+    def build() -> nn.Module:
+        network = mlp((1, 8, 8), 10)
+        network.register_parameter("idle", nn.Parameter(torch.full((4,), weight)))
+        return network
+
+    trainer = StackTrainer(Trial("s", (model(precision="fp32", epochs=1),)), dataset, build, Execution())
+    initial = trainer.progress.params.clone()
+    list(trainer.train())
+    (outcome,) = trainer.outcomes
+    assert outcome.row is not None and outcome.params is not None
+    assert outcome.row["status"] == status
+    kept = torch.allclose(outcome.params, initial[0], rtol=0, atol=0, equal_nan=True)
+    assert kept == (status == "diverged")
 
 
 def test_a_last_step_out_of_bounds_is_a_divergence_too(dataset: Dataset) -> None:

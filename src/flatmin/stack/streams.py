@@ -160,6 +160,8 @@ class Streams:
 
     def starting_at(self, first: int) -> Streams:
         """Return the same streams for a pass whose first example stands there in its batch."""
+        if first == self.first:
+            return self
         chosen = copy.copy(self)
         chosen.first = first
         return chosen
