@@ -41,7 +41,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 
 
 
 def class_axis(outputs: Tensor) -> int:
-    """Return the axis on which the classes of outputs `[..., classes]` should lie for a softmax: the first or their own.
+    """Return the axis on which the classes of outputs `[..., classes]` should lie for a softmax: the first or the last.
 
     torch goes through rows of a few classes one number at a time on a CPU, which takes ten times as long as going along
     examples does, and for an MLP on 10 classes as long as a third of its arithmetic.
