@@ -1,20 +1,21 @@
 """The sinusoids study: ten seeds as one stack, against a plain loop and the published one, for each optimizer.
 
-The 198,145-weight MLP on 200 points at batch 20, one thread. `plain` trains one seed after another with the same
+The 198,145-weight MLP on 200 points at batch 20. `plain` trains one seed after another with the same
 arithmetic over tensors in memory: torch's own SGD and Adam, and our `TorchOptimizer` for the others. `published` has
 the structure of aryol/CS-439-project: a DataLoader, `backward(create_graph=True, retain_graph=True)` for every
 optimizer, and batch losses added up with their graphs for an epoch; AdaHessian and SCRN as it has them, tensor by
 tensor, SCRN with its second Hessian-vector product, whose result is thrown away. No evaluations. All run in one
 process, with what `prepare_arithmetic` asks of its libraries, which is to the gain of the peers as well.
 
-Prints the CPU time per model and step, median and spread over repetitions, contenders in turn, and the ratios to ours
-within a repetition: on a machine that others use these are what to read.
+Prints the CPU time per model and step, or that by the clock with several threads, median and spread over repetitions,
+contenders in turn, and the ratios to ours within a repetition: on a machine that others use these are what to read.
 
-    python benchmarks/frequency.py
+    python benchmarks/frequency.py [--threads 2]
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import time
@@ -52,7 +53,7 @@ Update = Callable[[], None]
 
 
 def ours(name: str) -> float:
-    """Return CPU seconds per model and step of one stack of all seeds."""
+    """Return seconds per model and step of one stack of all seeds."""
     models = [m for m in read_study("frequency-sinusoids").models if m.settings["optimizer"] == name]
     trial, dataset = Trial("benchmark", tuple(models[:SEEDS])), sinusoids(Path())
     build = network_builder(trial.program, dataset.input_shape, dataset.classes)
@@ -60,7 +61,7 @@ def ours(name: str) -> float:
 
 
 def plain(name: str) -> float:
-    """Return CPU seconds per step of a plain loop over one seed; the others would take as long."""
+    """Return seconds per step of a plain loop over one seed; the others would take as long."""
     network, dataset = mlp((1,), 1, depth=4, width=256), sinusoids(Path())
     x, y = dataset.train_x, dataset.train_y
     if name in ("sgd", "adam"):
@@ -88,7 +89,7 @@ def plain(name: str) -> float:
 
 
 def published(name: str) -> float:
-    """Return CPU seconds per step of the published loop over one seed."""
+    """Return seconds per step of the published loop over one seed."""
     network, dataset = mlp((1,), 1, depth=4, width=256), sinusoids(Path())
     loader = DataLoader(TensorDataset(dataset.train_x, dataset.train_y), BATCH, shuffle=True)
     parameters = list(network.parameters())
@@ -174,24 +175,30 @@ def published_scrn(parameters: list[nn.Parameter]) -> Update:
 
 
 def _timed(steps: Iterator[object]) -> float:
-    """Return CPU seconds of a step, after some that warm up."""
+    """Return the seconds of a step, of CPU time or with several threads by the clock, after some that warm up."""
+    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for _ in islice(steps, WARM_UP):
         pass
     gc.collect()
-    start = time.process_time()
+    start = now()
     for _ in islice(steps, STEPS):
         pass
-    return (time.process_time() - start) / STEPS
+    return (now() - start) / STEPS
 
 
 def main() -> None:
     """Run all optimizers, the contenders in turn, and print the table."""
-    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description="Ten seeds of the sinusoids' network, beside loops over one.")
+    parser.add_argument("--threads", type=int, default=1)
+    threads: int = parser.parse_args().threads
+    torch.set_num_threads(threads)
     prepare_arithmetic()
     warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
     contenders = {"ours": ours, "plain": plain, "published": published}
     title = f"A step of the sinusoids study: {SEEDS} seeds as one stack, against loops over one seed"
-    table = Table("optimizer", "who", "CPU ms per model and step", "spread", "times ours", "spread", title=title)
+    title += f"; {threads} threads" if threads > 1 else ""
+    what = "CPU ms" if threads == 1 else "ms by the clock"
+    table = Table("optimizer", "who", f"{what} per model and step", "spread", "times ours", "spread", title=title)
     for name in OPTIMIZERS:
         seconds: dict[str, list[float]] = {who: [] for who in contenders}
         for _ in range(REPETITIONS):
@@ -208,7 +215,7 @@ def main() -> None:
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
             )
     about = f"{REPETITIONS} repetitions of {STEPS} steps, batches of {BATCH}"
-    show(table, "frequency", ("torch", "flatmin-sweep"), about=about)
+    show(table, "frequency", ("torch", "flatmin-sweep"), threads=threads, about=about)
 
 
 if __name__ == "__main__":

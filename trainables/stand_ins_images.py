@@ -10,7 +10,8 @@ from colorsys import hsv_to_rgb
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-from sklearn.datasets import load_digits
+
+from flatmin.trainables.datasets.digits import bundled_digits
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -28,11 +29,11 @@ def digit_images(classes: int, each: int, size: int, *, first: int = 0) -> tuple
         size: Pixels along each side.
         first: Which image of each digit is the first to be used; a set apart begins where another has ended.
     """
-    bunch = load_digits()
-    of_digit = [np.flatnonzero(bunch.target == digit) for digit in range(10)]
+    images, digits = bundled_digits()
+    of_digit = [np.flatnonzero(digits == digit) for digit in range(10)]
     y = np.arange(classes * each) % classes
     places = [first + c // 10 * each + number // classes for number, c in enumerate(y)]
-    grey = (bunch.images * (255 / 16)).astype(np.uint8)
+    grey = (images * (255 / 16)).astype(np.uint8)
     chosen = [grey[of_digit[c % 10][place]] for c, place in zip(y, places, strict=True)]
     return np.stack([np.asarray(Image.fromarray(image).resize((size, size))) for image in chosen]), y
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN
 
@@ -23,6 +27,7 @@ from flatmin.trainables.dataset import Dataset
 from flatmin.trainables.datasets.cifar import write_batch, write_pickle
 from flatmin.trainables.datasets.cifar10 import cifar10
 from flatmin.trainables.datasets.cifar100 import cifar100
+from flatmin.trainables.datasets.digits import TRAIN_SIZE, digits
 from flatmin.trainables.datasets.mnist import mnist, write_idx
 from flatmin.trainables.datasets.sinusoids import sinusoids
 from flatmin.trainables.datasets.svhn import svhn, write_mat
@@ -48,6 +53,27 @@ def test_a_data_set_says_what_to_put_where(name: str, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=rf"{folder}.*http"):
         get("dataset", name).load()(folder)
     assert not folder.exists()
+
+
+# digits
+
+
+@pytest.mark.parametrize("file", ["datasets/data/digits.csv.gz", "moved"])
+def test_digits_are_scikit_learns_in_its_split(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("flatmin.trainables.datasets.digits._FILE", file)
+    found, bunch = digits(tmp_path), load_digits()
+    split = train_test_split(
+        bunch.images / 16, bunch.target, train_size=TRAIN_SIZE, random_state=0, stratify=bunch.target
+    )
+    expected = [torch.from_numpy(part) for part in split]
+    ours = found.train_x[:, 0], found.test_x[:, 0], found.train_y, found.test_y
+    for own, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(own, theirs.to(own.dtype))
+
+
+def test_digits_are_read_without_scikit_learn() -> None:
+    code = "import sys; from pathlib import Path; from flatmin.trainables.datasets.digits import digits; digits(Path())"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'sklearn' not in sys.modules"], check=True)
 
 
 # MNIST
