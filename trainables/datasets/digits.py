@@ -49,7 +49,7 @@ def digits(root: Path) -> Dataset:
 
 
 def bundled_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return the images uint8 `[1797, 8, 8]`, from 0 to 16, and their classes int64 `[1797]`, as scikit-learn has them."""
+    """Return the images uint8 `[1797, 8, 8]`, from 0 to 16, and their classes int64 `[1797]`, in its order."""
     spec = find_spec("sklearn")
     file = Path(spec.origin if spec and spec.origin else "").parent / _FILE
     if file.is_file():
