@@ -82,6 +82,33 @@ def test_ray_and_inline_give_the_same_rows_from_few_workers_and_say_one_line(
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
 
 
+SAYS = """
+import json, os, ray
+from ray.tune.execution import class_cache
+from flatmin.orchestrator.tune import _cluster
+
+class Says(ray.tune.Trainable):
+    def step(self):
+        names = ("PL_DISABLE_FORK", "RAY_CHDIR_TO_TRIAL_DIR")
+        own = {name: os.environ.get(name) for name in names}
+        return {"done": True, "own": own, "environment": ray.get_runtime_context().get_runtime_env_string()}
+
+before = dict(class_cache.DEFAULT_ENV_VARS)
+with _cluster(None):
+    (found,) = ray.tune.Tuner(Says, run_config=ray.tune.RunConfig(verbose=0)).fit()
+own = {**class_cache.DEFAULT_ENV_VARS, "RAY_CHDIR_TO_TRIAL_DIR": os.environ["RAY_CHDIR_TO_TRIAL_DIR"]}
+print(json.dumps([found.metrics["environment"], found.metrics["own"], own, before]))
+"""
+
+
+def test_trials_run_in_processes_that_ray_has_ready() -> None:
+    """They have no environment of their own, and inherit the variables that Tune would hand on."""
+    done = subprocess.run([sys.executable, "-c", SAYS], capture_output=True, text=True, check=True)
+    environment, there, afterwards, before = json.loads(done.stdout.splitlines()[-1])
+    assert environment == "{}"
+    assert there == afterwards == {**before, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+
+
 FOUR = """\
 study: four
 settings: {dataset: digits, network: mlp, optimizer: sgd, lr: 0.05, batch_size: 300, epochs: 1}
