@@ -161,7 +161,7 @@ class Published:
         return sum(self._at(self._noise(LPF_SIGMA)) for _ in range(units)) / units
 
     def local_entropy(self, units: int) -> float:
-        """Return minus the log of the mean of exp(+L) under noise of deviation 1 / gamma, as the code has it."""
+        """Return minus the log of the mean of exp(+L) under noise of deviation 1 / gamma, unnormalised."""
         losses = torch.tensor([self._at(self._noise(1 / GAMMA)) for _ in range(units)])
         return math.log(units) - float(torch.logsumexp(losses, dim=0))
 

@@ -47,7 +47,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU sees none
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DEDUP_LOGS": "0",
-    "PL_DISABLE_FORK": "1",  # ray#28197; what Tune hands on to its workers
+    "PL_DISABLE_FORK": "1",  # ray#28197; Tune hands it on to its trials, which `_in_processes_at_hand` spares it
 }
 
 _SHARE, _ROUNDS = 1000, 50
@@ -175,31 +175,45 @@ def _fit(
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[str]:
     """Join a cluster, or run a private one, and leave it at the end; give its dashboard's address, if it has one."""
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     private = address is None
     on_terminate = signal.getsignal(signal.SIGTERM)
-    with _loopback() if private else contextlib.nullcontext():
+    with _environment(), _loopback() if private else contextlib.nullcontext():
         dashboard = _start(address)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # ray.init sets its own, which ends the process at once
         try:
-            with _processes_at_hand() if private else contextlib.nullcontext():
+            with _in_processes_at_hand() if private else contextlib.nullcontext():
                 yield dashboard
         finally:
             ray.shutdown()
 
 
 @contextlib.contextmanager
-def _processes_at_hand() -> Iterator[None]:
-    """Let the trials of a private cluster run in processes that Ray has ready, a second sooner.
-
-    Tune hands variables on to its trials as an environment of their own, for which Ray starts Python twice more. The
-    processes of a private cluster have inherited them.
-    """
-    handed_on: dict[str, str] = getattr(class_cache, "DEFAULT_ENV_VARS", {})
-    defaults, chdir = dict(handed_on), os.environ.pop("RAY_CHDIR_TO_TRIAL_DIR")
-    handed_on.clear()
+def _environment() -> Iterator[None]:
+    """Tell Ray and Tune, and the processes that they start, what has no option, unless the user has told them."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
     try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def _in_processes_at_hand() -> Iterator[None]:
+    """Let the trials of a private cluster run in processes that Ray has ready, a second sooner; undone at the end.
+
+    Tune hands variables on to its trials as an environment of their own, for which Ray starts Python twice more. Those
+    that this process has too, a private cluster's processes have inherited, and they are taken from what it hands on;
+    others (AWS_SECRET_ACCESS_KEY where it is set) still cost the second.
+    """
+    handed_on: dict[str, str] = getattr(class_cache, "DEFAULT_ENV_VARS", {})  # Tune's own; there is no option for it
+    defaults, chdir = dict(handed_on), os.environ["RAY_CHDIR_TO_TRIAL_DIR"]
+    try:
+        for name in [name for name, value in defaults.items() if os.environ.get(name) == value]:
+            del handed_on[name]
+        del os.environ["RAY_CHDIR_TO_TRIAL_DIR"]
         yield
     finally:
         handed_on.update(defaults)

@@ -22,6 +22,7 @@ PerExample = Callable[[Tensor, Tensor], Tensor]
 _AGREE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 _FEW_CLASSES = 32
+"""Of 10 classes a softmax along examples is 5 to 10 times faster on a CPU with AVX-512, of 100 it is slower."""
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -33,20 +34,20 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 
         label_smoothing: The share of the target that is spread evenly over all classes.
     """
     wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-    if wide.dim() == 2 and targets.dim() == 1 and class_axis(wide) == 0:
+    if classes_first(wide) and wide.shape[:-1] == targets.shape == wide.shape[:1] and targets.dtype == torch.int64:
+        # as one image whose pixels are the examples: torch takes a softmax of images along their pixels
         wide, targets = wide.t()[None], targets[None]
         return functional.cross_entropy(wide, targets, reduction="none", label_smoothing=label_smoothing)[0]
     losses = functional.cross_entropy(wide, targets, reduction="none", label_smoothing=label_smoothing)
     return losses if losses.dim() == 1 else losses.flatten(1).mean(dim=1)
 
 
-def class_axis(outputs: Tensor) -> int:
-    """Return the axis on which the classes of outputs `[..., classes]` should lie for a softmax: the first or the last.
+def classes_first(outputs: Tensor) -> bool:
+    """Return whether a softmax of outputs `[..., classes]` is sooner done with the classes in front.
 
-    torch goes through rows of a few classes one number at a time on a CPU, which takes ten times as long as going along
-    examples does, and for an MLP on 10 classes as long as a third of its arithmetic.
+    On a CPU torch goes through rows of a few classes one number at a time, and along examples in vectors.
     """
-    return 0 if outputs.is_cpu and outputs.shape[-1] <= _FEW_CLASSES else outputs.dim() - 1
+    return outputs.is_cpu and outputs.shape[-1] <= _FEW_CLASSES
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from flatmin.errors import RequestError
 from flatmin.labels import parse_label
-from flatmin.sharpness.losses import PerExample, class_axis, cross_entropy, squared_error
+from flatmin.sharpness.losses import PerExample, classes_first, cross_entropy, squared_error
 from flatmin.trainables.dataset import Dataset, Task
 from flatmin.trainables.training import Recipe
 
@@ -147,7 +147,7 @@ def _squared_errors(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropies(outputs: Tensor, targets: Tensor, smoothing: Tensor | None) -> tuple[Tensor, Tensor]:
-    axis = class_axis(outputs)
+    axis = 0 if classes_first(outputs) else 2
     logs, own = outputs.movedim(2, axis).contiguous().log_softmax(dim=axis), targets.unsqueeze(axis)
     losses, slopes, rest = -logs.gather(axis, own).squeeze(axis), logs.exp(), logs.new_ones(())
     if smoothing is not None:

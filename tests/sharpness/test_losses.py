@@ -74,6 +74,12 @@ def test_cross_entropy_and_its_derivatives_are_torchs(classes: int, smoothing: f
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("classes", [3, 40])
+def test_classes_may_be_bytes(classes: int) -> None:
+    z, y = torch.randn(7, classes), torch.randint(3, (7,))
+    torch.testing.assert_close(cross_entropy(z, y.byte()), cross_entropy(z, y))
+
+
 def test_the_given_module_is_not_changed() -> None:
     loss = nn.MSELoss()
     per_example(loss)(OUTPUTS, NUMBERS)

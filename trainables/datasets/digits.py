@@ -49,10 +49,10 @@ def digits(root: Path) -> Dataset:
 
 
 def bundled_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return the images uint8 `[1797, 8, 8]`, from 0 to 16, and their classes int64 `[1797]`, in its order."""
+    """Return the images uint8 `[1797, 8, 8]`, from 0 to 16, and their classes int64 `[1797]`."""
     spec = find_spec("sklearn")
-    file = Path(spec.origin if spec and spec.origin else "").parent / _FILE
-    if file.is_file():
+    file = Path(spec.origin).parent / _FILE if spec and spec.origin else None
+    if file and file.is_file():
         table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
         return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     from sklearn.datasets import load_digits  # a version of it that keeps them elsewhere
