@@ -213,9 +213,10 @@ class StackTrainer:
         now.params_before, now.buffers_before = before
 
     def _all_go_on(self, losses: Tensor, params: Tensor) -> bool:
-        """Return whether no model has diverged, where that costs little to know: to ask a GPU is to wait for it.
+        """Return whether surely no model has diverged; false where that is costly to know, as on a GPU, or in doubt.
 
-        A sum is finite only if every term is; in Python a few numbers are compared sooner than in tensors.
+        A sum is finite only if every term is, and one that overflows leaves doubt. Few numbers are sooner compared here
+        than in tensors.
         """
         return (
             params.is_cpu
