@@ -34,7 +34,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor, *, label_smoothing: float = 
         label_smoothing: The share of the target that is spread evenly over all classes.
     """
     wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-    if classes_first(wide) and wide.shape[:-1] == targets.shape == wide.shape[:1] and targets.dtype == torch.int64:
+    plain = wide.dim() == 2 and targets.shape == wide.shape[:1] and targets.dtype == torch.int64
+    if plain and classes_first(wide):
         # as one image whose pixels are the examples: torch takes a softmax of images along their pixels
         wide, targets = wide.t()[None], targets[None]
         return functional.cross_entropy(wide, targets, reduction="none", label_smoothing=label_smoothing)[0]

@@ -213,11 +213,7 @@ class StackTrainer:
         now.params_before, now.buffers_before = before
 
     def _all_go_on(self, losses: Tensor, params: Tensor) -> bool:
-        """Return whether surely no model has diverged; false where that is costly to know, as on a GPU, or in doubt.
-
-        A sum is finite only if every term is, and one that overflows leaves doubt. Few numbers are sooner compared here
-        than in tensors.
-        """
+        """Return whether surely no model has diverged (a finite sum has finite terms); to ask a GPU is to wait."""
         return (
             params.is_cpu
             and all(self.progress.running.tolist())
