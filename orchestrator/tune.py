@@ -47,7 +47,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without a GPU sees none
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DEDUP_LOGS": "0",
-    "PL_DISABLE_FORK": "1",  # ray#28197; Tune hands it on to its trials, which `_in_processes_at_hand` spares it
+    "PL_DISABLE_FORK": "1",  # ray#28197; what Tune would hand on to its trials, here inherited by them
 }
 
 _SHARE, _ROUNDS = 1000, 50
