@@ -112,16 +112,18 @@ def predicted_rates(trial: Trial, cost: Mapping[str, Any]) -> Rates:
 
 def trial_passes(trial: Trial, cost: Mapping[str, Any]) -> float:
     """Return the passes over the training set that the measures of one model take at one epoch."""
-    return sum(measure_passes(text, cost["n_params"], cost["train_size"]) for text in trial.measures)
+    sizes = cost["n_params"], cost["train_size"], cost["chain_outputs"]
+    return sum(measure_passes(text, *sizes) for text in trial.measures)
 
 
-def measure_passes(text: str, n_params: int, examples: int) -> float:
+def measure_passes(text: str, n_params: int, examples: int, chain_outputs: int = 0) -> float:
     """Return about how many passes over a set, in forward passes, a measure takes (see docs/measures.md).
 
     Args:
         text: Its label.
         n_params: Weights of the network.
         examples: How many the set has.
+        chain_outputs: The outputs of a chain of linear layers, whose trace is exact; 0 of any other network.
     """
     label = _parsed(text)
     name, given = label.measure, label.arguments
@@ -132,6 +134,8 @@ def measure_passes(text: str, n_params: int, examples: int) -> float:
         most = float(_SIGMAS * given["max_draws"])
     if given.get("published") and name in {"hessian_trace", "effective_dimension"}:
         return share * 800.0
+    if name == "hessian_trace" and chain_outputs:
+        return share * 2.0 * (1 + chain_outputs)
     if name in _PRODUCTS:
         return share * 4 * min(n_params, _PRODUCTS[name], most)
     if name == "fisher_rao" and given["fisher"] == "hessian":

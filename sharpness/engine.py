@@ -18,10 +18,12 @@ from torch import Tensor
 from flatmin.pulse import beat
 from flatmin.sharpness.evaluations import Evaluations
 from flatmin.sharpness.guards import check_losses, check_network, second_derivatives, work
+from flatmin.sharpness.jackknife import replicates
 from flatmin.sharpness.losses import PerExample, cross_entropy
 from flatmin.sharpness.metric import Metric, scale
 from flatmin.sharpness.sampling import cut, cut_at, edges, membership, take
 from flatmin.stack import Batch, StackedNetwork
+from flatmin.stack.curvature import AlongChain, Recorded
 
 LOSS_PASSES = 1.0
 GRADIENT_PASSES = 2.0
@@ -177,6 +179,33 @@ class Engine(Evaluations):
         """
         return self._products(vectors, active, self._part_of_graphed, self.parts, self.params.dtype)
 
+    def trace(self, d: Tensor) -> tuple[Tensor, float] | None:
+        """Return the traces of D H D, exact, and how many passes they take; None where derivatives are recorded.
+
+        A single weight of a chain of linear layers and ReLUs enters the outputs linearly, so that the diagonal of H
+        follows from the losses' second derivatives by the outputs (see `flatmin.stack.chain`).
+
+        Args:
+            d: D, `[K, d]`.
+
+        Returns:
+            Of all examples and, of a subset, of all but each part, float64 `[1 + P, K]`.
+        """
+        parts = torch.zeros(max(1, self.parts), len(self), dtype=torch.float64, device=self.device)
+        outputs = 0
+        for first in self._starts(None):
+            rows = slice(first, first + self._rows)
+            for number, part in enumerate(self._part_of_graphed[: self._whole]):
+                graph = self._graph(first, number)
+                if isinstance(graph, Recorded):
+                    return None
+                with second_derivatives():
+                    diagonal = graph.diagonal()
+                parts[part, rows] += (d[rows].square() * diagonal).sum(dim=1)
+                outputs = graph.outputs
+        passes = GRADIENT_PASSES * (1 + outputs)  # each output goes back through the network, and so does its curvature
+        return (replicates(parts, self.shares) if self.parts else parts), passes
+
     def products_of_stratum(self, vectors: Tensor, stratum: int, active: Tensor | None = None) -> Tensor:
         """Return what one stratum of the examples adds to `hvps`, float64 `[S, K, d]`, for its share of their cost.
 
@@ -221,7 +250,7 @@ class Engine(Evaluations):
         everything = len(self) * self.n_examples * self._per_example * _SAVED_PER_ACTIVATION
         self._keeps_graphs = everything <= self.memory
         self._keeps_graphs_of_strata = 2 * everything <= self.memory
-        self._graphs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, int], Recorded | AlongChain] = {}
 
     def _begin_strata(self, room: int) -> None:
         """Cut the examples where strata begin; so much fits in at once."""
@@ -274,32 +303,41 @@ class Engine(Evaluations):
             for number, slot in enumerate(slots):
                 if slot is None:
                     continue
-                at, grad = self._graph(first, number)
-                if not grad.requires_grad:
-                    continue
+                graph = self._graph(first, number)
                 with second_derivatives():
                     for s in range(len(vectors)):
                         beat()
-                        (product,) = torch.autograd.grad(grad, at, narrow[s, rows], retain_graph=True)
-                        result[slot, s, rows] += product
+                        result[slot, s, rows] += graph.product(narrow[s, rows])
         return result
 
-    def _graph(self, first: int, number: int) -> tuple[Tensor, Tensor]:
-        """Return weights and the differentiable gradient there: of one group of models, one batch's share."""
+    def _graph(self, first: int, number: int) -> Recorded | AlongChain:
+        """Return the derivatives of one group of models, one batch's share."""
         if (first, number) in self._graphs:
             return self._graphs[first, number]
-        with torch.enable_grad():
-            at = self.params[first : first + self._rows].clone().requires_grad_()
-            index = torch.arange(first, first + len(at), device=self.device)
-            losses = self._sum_of_losses(at, index, self._graphed[number]) / self.n_examples
-            (grad,) = torch.autograd.grad(losses.sum(), at, create_graph=True)
+        at = self.params[first : first + self._rows]
+        index = torch.arange(first, first + len(at), device=self.device)
+        batch = self._graphed[number].select(index)
+        made: Recorded | AlongChain
+        along = self.network.along_chain(batch)
+        if along is None:
+            with torch.enable_grad():
+                at = at.clone().requires_grad_()
+                outputs = self._outputs(at, index, batch)
+                made = Recorded(self._share_of_losses(outputs, batch.y), at)
+        else:
+            beat()
+            chain, x = along
+            made = AlongChain(chain, at, x, lambda outputs: self._share_of_losses(outputs, batch.y))
         if self._keeps_graphs if number < self._whole else self._keeps_graphs_of_strata:
-            self._graphs[first, number] = (at, grad)
-        return at, grad
+            self._graphs[first, number] = made
+        return made
+
+    def _share_of_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._losses(outputs, targets).double().sum(dim=1) / self.n_examples
 
     def _gradient(self) -> Tensor:
         result = torch.zeros(self.params.shape, dtype=torch.float64, device=self.device)
         for first in self._starts(None):
             for number in range(self._whole):
-                result[first : first + self._rows] += self._graph(first, number)[1].detach()
+                result[first : first + self._rows] += self._graph(first, number).gradient
         return result

@@ -1,8 +1,9 @@
 """The trace of the Hessian, tr(D H D), in nats per squared unit of the metric.
 
-With few weights the diagonal is read off exactly. Otherwise the trace within a Krylov space of Q is known
-exactly, tr(Q^T A Q) = sum of Lanczos' alpha for A = D H D, and the rest is Hutchinson's mean over Rademacher
-vectors g:
+Exact for a chain of linear layers and ReLUs, whose diagonal follows from the losses' second derivatives by the outputs
+(`flatmin.stack.chain`). Of other networks with few weights the diagonal is read off exactly. Otherwise the trace within
+a Krylov space of Q is known exactly, tr(Q^T A Q) = sum of Lanczos' alpha for A = D H D, and the rest is Hutchinson's
+mean over Rademacher vectors g:
 
     tr(A) = tr(Q^T A Q) + E[z^T A z],  z = (I - Q Q^T) g.
 
@@ -51,10 +52,13 @@ def hessian_trace(
             runs agree to the tolerance and their vectors fit in the engine's memory.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
         max_samples: The most Hessian-vector products per model, deflation included. With no more weights than
-            this the trace is exact.
+            this the trace is exact, and so it is for MLPs.
     """
     if published:
         return sum_over_ritz_values(engine, metric, lambda theta: theta, tolerance=tolerance)
+    known = engine.trace(engine.scale(metric))
+    if known is not None:
+        return exact_by_part(known[0], passes=known[1])
     if engine.n_params <= max_samples:
         return _exact(engine, metric)
     if engine.strata:

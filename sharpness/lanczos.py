@@ -131,7 +131,8 @@ class Krylov:
         return ((self.alpha[:, None, :length] * c.square()).sum(dim=2) + across).T
 
     def _step(self, growing: Tensor) -> None:
-        if int(self.lengths[growing].max()) == _BLOCK * len(self._blocks):
+        longest = int(self.lengths[growing].max())
+        if longest == _BLOCK * len(self._blocks):
             self._add_block()
         place, rows = self.lengths, growing[:, None]
         self._store(growing)
@@ -141,8 +142,9 @@ class Krylov:
         alpha = (q * z).sum(dim=1)
         before = z.norm(dim=1)
         for _ in range(2):
-            for block in self._blocks:
-                z = z - torch.bmm(torch.bmm(z[:, None], block.mT), block)[:, 0]
+            for number, block in enumerate(self._blocks):
+                filled = block[:, : max(0, longest + 1 - number * _BLOCK)]
+                z = z - torch.bmm(torch.bmm(z[:, None], filled.mT), filled)[:, 0]
         beta = z.norm(dim=1)
         biggest = torch.maximum(before, torch.maximum(self.alpha.abs(), self.beta).amax(dim=1))
         exhausted = (beta <= _EXHAUSTED * biggest) | (place + 1 >= self.engine.n_params)

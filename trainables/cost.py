@@ -36,10 +36,10 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a program costs, or `error`, or `refused`: why it cannot be trained.
 
     `n_params`, `train_size`, `val_size`, `test_size`; `flops` of one example's forward pass, and `layers`, how many
-    there are; `loops`, whether models of a stack go through it one after another on a CPU; `gradients`, the
-    cost of an example's share of a training step in gradients; `batches`, how many times `batch_size` examples a step
-    takes; `notes`, what a person should know before it is trained; `assumed`, what stands in for data that are not
-    here.
+    there are; `loops`, whether models of a stack go through it one after another on a CPU; `chain_outputs`, how many
+    outputs a chain of linear layers and ReLUs has, 0 of any other network; `gradients`, the cost of an example's share
+    of a training step in gradients; `batches`, how many times `batch_size` examples a step takes; `notes`, what a
+    person should know before it is trained; `assumed`, what stands in for data that are not here.
 
     Args:
         program: Its settings; `measures`, if they are there, are labels that must go with its task.
@@ -81,6 +81,7 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
         "flops": network.flops,
         "layers": network.layers,
         "loops": network.loops,
+        "chain_outputs": network.outputs[0] if network.chain else 0,
         "train_size": left,
         "val_size": program["val_size"],
         "test_size": len(dataset.test_y),
@@ -126,6 +127,7 @@ class NetworkCost:
         layers: Modules without others in them.
         outputs: The shape of what it makes of an example.
         loops: Whether the models of a stack go through it one after another on a CPU.
+        chain: Whether it is a chain of linear layers and ReLUs (`flatmin.stack.chain`).
     """
 
     n_params: int
@@ -133,6 +135,7 @@ class NetworkCost:
     layers: int
     outputs: tuple[int, ...]
     loops: bool
+    chain: bool
 
 
 @cache
@@ -150,12 +153,14 @@ def network_cost(settings: tuple[tuple[str, Any], ...], input_shape: tuple[int, 
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         outputs = network(example)
+    stacked = StackedNetwork(network)
     return NetworkCost(
         n_params=sum(parameter.numel() for parameter in network.parameters()),
         flops=counter.get_total_flops(),
         layers=sum(not list(module.children()) for module in network.modules()),
         outputs=tuple(outputs.shape[1:]),
-        loops=StackedNetwork(network).loops(torch.device("cpu")),
+        loops=stacked.loops(torch.device("cpu")),
+        chain=stacked.chain is not None,
     )
 
 

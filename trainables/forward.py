@@ -15,6 +15,7 @@ from torch import Tensor
 from flatmin.errors import RequestError
 from flatmin.optimizers.interface import HessianProduct
 from flatmin.stack import Batch, StackedNetwork, Streams
+from flatmin.stack.curvature import AlongChain, Recorded
 from flatmin.trainables.ranks import Ranks
 from flatmin.trainables.tasks import Objective
 from flatmin.trial import Execution
@@ -86,8 +87,8 @@ class Forward:
             return self._products_along_chain(params, buffers, part)
         leaf = params.detach().requires_grad_()
         losses, moved = self._pass(leaf, buffers, _tensors(part), *_fixed(part))
-        (grad,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True)
-        return (losses.detach(), grad.detach(), moved), _products(grad, leaf)
+        found = Recorded(losses, leaf)
+        return (found.losses, found.gradient, moved), found.product
 
     def gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
         """Return each model's share of the loss of its batch `[K]`, its gradient `[K, d]`, and new buffers."""
@@ -138,13 +139,12 @@ class Forward:
     def _products_along_chain(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Gradient, HessianProduct]:
         chain = self.network.chain
         assert chain is not None
-        there = chain.forward(params, part.batch.x, part.streams)
-        outputs = there.outputs.requires_grad_()
-        losses = self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
-        (slope,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True)
-        grad, slopes = chain.backward(there, slope.detach())
-        curved = _products(slope, outputs)
-        return (losses.detach(), grad, buffers), lambda v: chain.product(there, slopes, curved, v)
+
+        def losses(outputs: Tensor) -> Tensor:
+            return self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
+
+        found = AlongChain(chain, params, part.batch.x, losses, part.streams)
+        return (found.losses, found.gradient, buffers), found.product
 
     def _pass(
         self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool
@@ -192,18 +192,6 @@ def _check(execution: Execution) -> None:
             f"--compile: torch.compile needs a C++ compiler, and there is none ({', '.join(compilers)}); install g++, "
             "name one in CXX, or leave --compile out"
         )
-
-
-def _products(grad: Tensor, leaf: Tensor) -> HessianProduct:
-    """Return what maps vectors to their products with the derivative of a gradient by the leaf it was taken by."""
-
-    def product(v: Tensor) -> Tensor:
-        if not grad.requires_grad:
-            return torch.zeros_like(v)
-        found: Tensor = torch.autograd.grad(grad, leaf, v, retain_graph=True)[0]
-        return found
-
-    return product
 
 
 def _tensors(part: Part) -> Tensors:

@@ -132,6 +132,7 @@ def test_every_measure_has_a_cost() -> None:
     assert passes["lambda_max"] > passes["lpf"] > passes["gradient_norm"]
     assert measure_passes("hessian_trace", 5, 1000) == 20
     assert measure_passes("hessian_trace(max_samples=8)", 10_000, 1000) == 32
+    assert measure_passes("hessian_trace", 10_000, 1000, chain_outputs=10) == 22
     assert measure_passes("lpf(subset=100)", 10_000, 1000) == passes["lpf"] / 10
 
 

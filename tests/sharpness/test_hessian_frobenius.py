@@ -64,6 +64,7 @@ def test_it_shares_its_products_with_the_trace(with_spectrum: Callable[..., Engi
 
     engine = with_spectrum(DECAYING, 1)
     engine.__class__ = Counted
+    engine.network = StackedNetwork(engine.network.template, vectorize="vmap")
     first = hessian_trace(engine, metric="identity", tolerance=1e-9, max_samples=40)
     made = Counted.count
     second = hessian_frobenius(engine, metric="identity", tolerance=1e-9, max_samples=40)

@@ -86,6 +86,30 @@ def test_the_trace_of_few_weights_is_exact(problem: Any, metric: Any) -> None:
         assert estimate.value[k].item() == pytest.approx(trace, rel=1e-9)
 
 
+@pytest.mark.parametrize("cuts", [(), (6,)])
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_trace_of_an_mlp_is_exact_however_few_products_it_may_take(mlp: Any, metric: Any, cuts: Any) -> None:
+    engine = mlp.engine(cuts)
+    estimate = hessian_trace(engine, metric=metric, max_samples=1)
+    assert (estimate.samples.tolist(), estimate.stderr.tolist()) == ([1] * 4, [0.0] * 4)
+    assert bool(estimate.converged.all())
+    assert estimate.passes.tolist() == [2 * (1 + 3)] * 4
+    for k in range(4):
+        trace = scaled_hessian(mlp, engine, metric, k).trace().item()
+        assert estimate.value[k].item() == pytest.approx(trace, rel=1e-9)
+
+
+def test_derivatives_along_a_chain_are_those_that_autograd_records(mlp: Any) -> None:
+    written, recorded = mlp.engine((6,)), mlp.engine((6,))
+    recorded.network = StackedNetwork(mlp.modules[0], vectorize="vmap")
+    vectors = written.vectors("normal", "any", 0, 3)
+    active = torch.tensor([True, False, True, True])
+    torch.testing.assert_close(written.gradient(), recorded.gradient(), rtol=1e-12, atol=1e-15)
+    ours, theirs = (engine.hvps(vectors, active)[:, active] for engine in (written, recorded))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+    assert recorded.trace(recorded.scale("identity")) is None
+
+
 @pytest.mark.parametrize("tolerance", [1e-9, 0.03], ids=["all samples", "until the tolerance"])
 def test_the_trace_is_unbiased_and_its_interval_covers(
     repeated: Callable[[int], Any], coverage: Any, tolerance: float
@@ -212,7 +236,9 @@ def test_a_model_that_is_not_finite_is_undefined_and_alone(mlp: Any, measure: An
 def test_the_trace_by_sampling_of_a_model_that_is_not_finite(mlp: Any) -> None:
     params = mlp.engine().params.clone()
     params[1, 3] = math.nan
-    estimate = hessian_trace(with_weights(mlp, params), max_samples=42)
+    engine = with_weights(mlp, params)
+    engine.network = StackedNetwork(mlp.modules[0], vectorize="vmap")
+    estimate = hessian_trace(engine, max_samples=42)
     assert estimate.value.isnan().tolist() == [False, True, False, False]
     assert estimate.samples[1].item() <= 5
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from flatmin.optimizers.interface import HessianProduct
 from flatmin.stack import Batch, StackedNetwork, Streams
 from flatmin.stack.chain import Chain
+from flatmin.stack.curvature import AlongChain
 from flatmin.stack.streams import dropout_mask
 from flatmin.trainables.forward import Forward, Gradient, Part
 from flatmin.trainables.ranks import Ranks
@@ -88,6 +89,36 @@ def test_gradients_and_products_are_autograds(
         for v, ours in zip(vectors, products, strict=True):
             hvp = torch.autograd.grad(flat_grad @ v[k], own, retain_graph=True)
             torch.testing.assert_close(ours[k], torch.cat([h.reshape(-1) for h in hvp]), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loss", [functional.cross_entropy, functional.mse_loss, functional.huber_loss])
+@pytest.mark.parametrize("layers", [flat, deep, dropped])
+def test_the_diagonal_is_the_dense_hessians(
+    layers: Callable[[], list[nn.Module]], loss: Callable[..., Tensor], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    modules: list[nn.Module] = [nn.Sequential(*layers()).double().eval() for _ in range(K)]
+    chain, x = Chain.of(modules[0]), torch.randn(K, EXAMPLES, 6, dtype=torch.float64)
+    y = torch.randint(0, CLASSES, (K, EXAMPLES))
+    if loss is not functional.cross_entropy:
+        y = 2 * torch.randn(K, EXAMPLES, CLASSES, dtype=torch.float64)
+    assert chain is not None
+    params, _ = StackedNetwork.stack(modules)
+
+    def losses(outputs: Tensor) -> Tensor:
+        return torch.stack([loss(*own) for own in zip(outputs, y, strict=True)])
+
+    found = AlongChain(chain, params, x, losses)
+    diagonal = found.diagonal()
+    assert found.outputs == CLASSES
+    for k, module in enumerate(modules):
+        own = list(module.parameters())
+        grads = torch.autograd.grad(loss(module(x[k]), y[k]), own, create_graph=True)
+        flat_grad = torch.cat([g.reshape(-1) for g in grads])
+        rows = [torch.autograd.grad(g, own, retain_graph=True, materialize_grads=True) for g in flat_grad]
+        dense = torch.stack([torch.cat([h.reshape(-1) for h in row]) for row in rows])
+        torch.testing.assert_close(diagonal[k], dense.diagonal(), rtol=1e-10, atol=1e-14)
 
 
 def test_a_part_of_a_batch_draws_what_it_draws_in_the_whole() -> None:

@@ -6,7 +6,12 @@ cuts, and elsewhere 1, over 1 - p behind a dropout. With e_i, the derivative of 
     dL/dW_i = e_i^T h_i,   dL/db_i = 1^T e_i,   e_{i-1} = m_{i-1} * (e_i W_i).
 
 A Hessian-vector product is the derivative of these lines along a direction (Pearlmutter 1994, section 3), in which the
-masks are constants. Each product of matrices is one for all models, and gradients are written where they belong in
+masks are constants. A single weight enters the outputs z linearly, so the Hessian's diagonal is the Gauss-Newton
+matrix's: with B_i = dz/da_i and S_z, the Hessian of an example's loss by z,
+
+    d^2L/dW_i^2 = sum over examples of diag(B_i^T S_z B_i) (h_i^2)^T.
+
+Each product of matrices is one for all models, and gradients are written where they belong in
 `[K, d]`; autograd, which records, turns round and copies, takes about twice as long for MLPs on a CPU.
 """
 
@@ -161,11 +166,28 @@ class Chain:
                 if i == 0:
                     self._write(into[0], slope, there.inputs[0])
                     break
-                # two products of matrices as one: the examples of one lie behind those of the other
-                both = torch.cat([there.inputs[i], changes[i - 1]], dim=1)
-                self._write(into[i], torch.cat([slope, slopes[i]], dim=1), both, of_bias=slope)
-                back = torch.baddbmm(torch.bmm(slope, own[i][0]), slopes[i], along[i][0])
+                self._write(into[i], slope, there.inputs[i])
+                into[i][0].baddbmm_(slopes[i].mT, changes[i - 1])
+                back = torch.bmm(slope, own[i][0]).baddbmm_(slopes[i], along[i][0])
                 slope = self._behind(i - 1, back, there)
+        return result
+
+    def diagonal(self, there: There, curved: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the diagonals of the Hessians of the losses, `[K, d]`; arguments as in `product`."""
+        outputs = there.outputs.detach()
+        result = outputs.new_empty(len(outputs), sum(self._sizes))
+        with torch.no_grad():
+            found = [outputs.new_zeros(*outputs.shape[:2], layer.module.out_features) for layer in self._layers]
+            for number in range(outputs.shape[2]):
+                unit = torch.zeros_like(outputs)
+                unit[..., number] = 1.0
+                both = [unit, curved(unit)]
+                for i in reversed(range(len(self._layers))):
+                    found[i].addcmul_(*both)
+                    if i:
+                        both = [self._behind(i - 1, torch.bmm(each, there.weights[i][0]), there) for each in both]
+            for squares, inputs, into in zip(found, there.inputs, self._views(result), strict=True):
+                self._write(into, squares, inputs.square())
         return result
 
     def _moved(
@@ -193,14 +215,12 @@ class Chain:
         passed: Tensor = torch.ops.aten.threshold_backward(change, there.inputs[i + 1], 0)
         return passed
 
-    def _write(
-        self, into: tuple[Tensor, Tensor | None], slope: Tensor, inputs: Tensor, of_bias: Tensor | None = None
-    ) -> None:
+    def _write(self, into: tuple[Tensor, Tensor | None], slope: Tensor, inputs: Tensor) -> None:
         """Write the derivatives by a layer's weights where they belong."""
         weight, bias = into
         torch.bmm(slope.mT, inputs, out=weight)
         if bias is not None:
-            torch.sum(slope if of_bias is None else of_bias, dim=1, keepdim=True, out=bias)
+            torch.sum(slope, dim=1, keepdim=True, out=bias)
 
     def _views(self, params: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """Return the matrices `[K, out, in]` and biases `[K, 1, out]` of each layer in a buffer `[K, d]`."""

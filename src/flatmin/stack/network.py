@@ -157,10 +157,11 @@ class StackedNetwork:
             RequestError: The network returns something else than a tensor, or cannot be stacked: it draws random
                 numbers of its own, or vmap was asked for and refuses it.
         """
-        if self.chain is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            x = batch.x.expand(len(params), *batch.x.shape) if batch.shared else batch.x
-            if self.chain.takes(x):
-                return self.chain.forward(params, x, streams if train else None).outputs
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            along = self.along_chain(batch)
+            if along is not None:
+                chain, x = along
+                return chain.forward(params, x, streams if train else None).outputs
         self.template.train(train)
         if self.channels_last and batch.x.dim() == (4 if batch.shared else 5):
             batch = replace(batch, x=batch.x.movedim(-3, -1).contiguous().movedim(-1, -3))
@@ -172,6 +173,11 @@ class StackedNetwork:
             for name, value in assigned.items():
                 buffers[name].copy_(value.detach())
         return outputs
+
+    def along_chain(self, batch: Batch) -> tuple[Chain, Tensor] | None:
+        """Return the chain that the network is and examples `[K, b, ...]` as it takes them, or None if it does not."""
+        x = batch.x.expand(len(batch.y), *batch.x.shape) if batch.shared else batch.x
+        return None if self.chain is None or not self.chain.takes(x) else (self.chain, x)
 
     def _forward(self, first: int | None) -> _OneModel:
         """Return the function of one model's tensors, key and inputs: its outputs, and what it assigned to buffers.
