@@ -34,11 +34,11 @@ SHARED = [
 """Measures whose value without a part is that of the other examples with the same random vectors, to rounding."""
 
 
-def fitted(examples: int) -> tuple[nn.Module, Tensor, Tensor]:
+def fitted(examples: int, activation: type[nn.Module]) -> tuple[nn.Module, Tensor, Tensor]:
     """Return a network of 43 weights that fits a teacher's classes, a third of them random, and the examples."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        module = nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)).double()
         x = torch.randn(examples, 4, dtype=torch.float64)
         y = (x @ torch.randn(4, 3, dtype=torch.float64)).argmax(dim=1)
         y = torch.where(torch.rand(examples) < 0.3, torch.randint(3, (examples,)), y)
@@ -46,9 +46,16 @@ def fitted(examples: int) -> tuple[nn.Module, Tensor, Tensor]:
     return module, x, y
 
 
-def copies(examples: int, count: int, *, memory: int = 2**31, population: int | None = None) -> Engine:
+def copies(
+    examples: int,
+    count: int,
+    *,
+    memory: int = 2**31,
+    population: int | None = None,
+    activation: type[nn.Module] = nn.Tanh,
+) -> Engine:
     """Return an engine of copies of one model that differ in their streams alone, its examples in two batches."""
-    module, x, y = fitted(examples)
+    module, x, y = fitted(examples, activation)
     params, _ = StackedNetwork.stack([module] * count)
     cut = examples // 3
     batches = [Batch(x[part], y[part].expand(count, -1), shared=True) for part in (slice(cut), slice(cut, None))]
@@ -104,9 +111,12 @@ def test_the_mean_of_the_first() -> None:
     assert mean_of_first(values, torch.tensor([2, 3])).tolist() == [2.0, 5.0]
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU], ids=["recorded", "written out"])
 @pytest.mark.parametrize(("name", "arguments"), SHARED)
-def test_a_value_without_a_part_is_that_of_the_other_examples(name: str, arguments: dict[str, Any]) -> None:
-    sample = copies(150, 2, population=1000)
+def test_a_value_without_a_part_is_that_of_the_other_examples(
+    name: str, arguments: dict[str, Any], activation: type[nn.Module]
+) -> None:
+    sample = copies(150, 2, population=1000, activation=activation)
     bounds = [*edges(150, sample.parts), 150]
     found = take(sample, name, **arguments)
     assert found.without is not None
@@ -132,9 +142,10 @@ def test_other_values_without_a_part_are_close_to_it(name: str, arguments: dict[
     assert (ours - changes).norm().item() <= 0.15 * changes.norm().item()
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU], ids=["recorded", "written out"])
 @pytest.mark.parametrize("graphs", [True, False], ids=["kept", "rebuilt"])
-def test_products_without_a_part(graphs: bool) -> None:
-    sample = copies(150, 2, population=1000)
+def test_products_without_a_part(graphs: bool, activation: type[nn.Module]) -> None:
+    sample = copies(150, 2, population=1000, activation=activation)
     sample._keeps_graphs = graphs
     bounds, d = [*edges(150, sample.parts), 150], sample.scale("filter")
     v = sample.vectors("normal", "any", 0, 3)

@@ -152,6 +152,23 @@ def test_a_weight_that_is_no_number_makes_its_own_model_so_alone() -> None:
     assert losses.isfinite().tolist() == gradient.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("classes", [1, CLASSES, 21])
+def test_models_that_leave_the_cache_give_the_same_outputs(monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    modules = [
+        nn.Sequential(nn.Flatten(), nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, classes)).double() for _ in range(5)
+    ]
+    params, _ = StackedNetwork.stack(modules)
+    chain, x = Chain.of(modules[0]), torch.randn(4, 2, 3, dtype=torch.float64).expand(5, -1, -1, -1)
+    assert chain is not None
+    whole = chain.outputs(params, x)
+    monkeypatch.setattr("flatmin.stack.chain._CACHED_NUMBERS", 2 * 4 * 9)
+    found = chain.outputs(params, x)
+    assert torch.equal(found, whole)
+    assert (found.stride(1) == 1) == (classes <= 20)
+    for k, module in enumerate(modules):
+        torch.testing.assert_close(found[k], module(x[k]), rtol=1e-12, atol=1e-14)
+
+
 class _Shifted(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + 1

@@ -32,7 +32,9 @@ class Recorded:
         """Return the Hessians of the losses times vectors in the shape of the leaf."""
         if not self._gradient.requires_grad:
             return torch.zeros_like(v)
-        found: Tensor = torch.autograd.grad(self._gradient, self._leaf, v, retain_graph=True)[0]
+        with torch.enable_grad():  # v as an argument of grad makes torch load sympy, which takes a second
+            along = (self._gradient * v).sum()
+        found: Tensor = torch.autograd.grad(along, self._leaf, retain_graph=True)[0]
         return found
 
 

@@ -161,7 +161,7 @@ class StackedNetwork:
             along = self.along_chain(batch)
             if along is not None:
                 chain, x = along
-                return chain.forward(params, x, streams if train else None).outputs
+                return chain.forward(params, x, streams).outputs if train else chain.outputs(params, x)
         self.template.train(train)
         if self.channels_last and batch.x.dim() == (4 if batch.shared else 5):
             batch = replace(batch, x=batch.x.movedim(-3, -1).contiguous().movedim(-1, -3))
