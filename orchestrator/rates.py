@@ -134,7 +134,7 @@ def measure_passes(text: str, n_params: int, examples: int, chain_outputs: int =
         most = float(_SIGMAS * given["max_draws"])
     if given.get("published") and name in {"hessian_trace", "effective_dimension"}:
         return share * 800.0
-    if name == "hessian_trace" and chain_outputs:
+    if name == "hessian_trace" and chain_outputs and 1 + chain_outputs <= 2 * most:
         return share * 2.0 * (1 + chain_outputs)
     if name in _PRODUCTS:
         return share * 4 * min(n_params, _PRODUCTS[name], most)

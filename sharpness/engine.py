@@ -9,6 +9,7 @@ here changes a weight, a buffer or a generator, and networks are always in eval 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -179,11 +180,19 @@ class Engine(Evaluations):
         """
         return self._products(vectors, active, self._part_of_graphed, self.parts, self.params.dtype)
 
-    def trace(self, d: Tensor) -> tuple[Tensor, float] | None:
-        """Return the traces of D H D, exact, and how many passes they take; None where derivatives are recorded.
+    @property
+    def trace_passes(self) -> float:
+        """What `trace` costs; infinite of a network that is no chain (`flatmin.stack.chain`)."""
+        chain = self.network.chain
+        if chain is None or not all(chain.takes(batch.x[None] if batch.shared else batch.x) for batch in self.batches):
+            return math.inf
+        return GRADIENT_PASSES * (1 + chain.n_outputs)  # each output and its curvature go back through the network
 
-        A single weight of a chain of linear layers and ReLUs enters the outputs linearly, so that the diagonal of H
-        follows from the losses' second derivatives by the outputs (see `flatmin.stack.chain`).
+    def trace(self, d: Tensor) -> Tensor:
+        """Return the exact traces of D H D of chains.
+
+        A single weight enters the outputs linearly, so that the diagonal of H follows from the losses' second
+        derivatives by the outputs.
 
         Args:
             d: D, `[K, d]`.
@@ -192,19 +201,14 @@ class Engine(Evaluations):
             Of all examples and, of a subset, of all but each part, float64 `[1 + P, K]`.
         """
         parts = torch.zeros(max(1, self.parts), len(self), dtype=torch.float64, device=self.device)
-        outputs = 0
         for first in self._starts(None):
             rows = slice(first, first + self._rows)
             for number, part in enumerate(self._part_of_graphed[: self._whole]):
                 graph = self._graph(first, number)
-                if isinstance(graph, Recorded):
-                    return None
+                assert isinstance(graph, AlongChain)
                 with second_derivatives():
-                    diagonal = graph.diagonal()
-                parts[part, rows] += (d[rows].square() * diagonal).sum(dim=1)
-                outputs = graph.outputs
-        passes = GRADIENT_PASSES * (1 + outputs)  # each output goes back through the network, and so does its curvature
-        return (replicates(parts, self.shares) if self.parts else parts), passes
+                    parts[part, rows] += (d[rows].square() * graph.diagonal()).sum(dim=1)
+        return replicates(parts, self.shares) if self.parts else parts
 
     def products_of_stratum(self, vectors: Tensor, stratum: int, active: Tensor | None = None) -> Tensor:
         """Return what one stratum of the examples adds to `hvps`, float64 `[S, K, d]`, for its share of their cost.
@@ -318,7 +322,7 @@ class Engine(Evaluations):
         index = torch.arange(first, first + len(at), device=self.device)
         batch = self._graphed[number].select(index)
         made: Recorded | AlongChain
-        along = self.network.along_chain(batch)
+        along = self.network.along_chain(batch, len(at))
         if along is None:
             with torch.enable_grad():
                 at = at.clone().requires_grad_()

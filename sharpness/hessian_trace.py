@@ -52,13 +52,12 @@ def hessian_trace(
             runs agree to the tolerance and their vectors fit in the engine's memory.
         tolerance: Standard error at which a model's sampling stops, as a fraction of its value.
         max_samples: The most Hessian-vector products per model, deflation included. With no more weights than
-            this the trace is exact, and so it is for MLPs.
+            this the trace is exact, and so it is for MLPs where that costs no more.
     """
     if published:
         return sum_over_ritz_values(engine, metric, lambda theta: theta, tolerance=tolerance)
-    known = engine.trace(engine.scale(metric))
-    if known is not None:
-        return exact_by_part(known[0], passes=known[1])
+    if engine.trace_passes <= PRODUCT_PASSES * max_samples:
+        return exact_by_part(engine.trace(engine.scale(metric)), passes=engine.trace_passes)
     if engine.n_params <= max_samples:
         return _exact(engine, metric)
     if engine.strata:

@@ -81,7 +81,7 @@ def cost(program: Mapping[str, Any]) -> dict[str, Any]:
         "flops": network.flops,
         "layers": network.layers,
         "loops": network.loops,
-        "chain_outputs": network.outputs[0] if network.chain else 0,
+        "chain_outputs": network.chain_outputs,
         "train_size": left,
         "val_size": program["val_size"],
         "test_size": len(dataset.test_y),
@@ -127,7 +127,7 @@ class NetworkCost:
         layers: Modules without others in them.
         outputs: The shape of what it makes of an example.
         loops: Whether the models of a stack go through it one after another on a CPU.
-        chain: Whether it is a chain of linear layers and ReLUs (`flatmin.stack.chain`).
+        chain_outputs: How many outputs a chain of linear layers and ReLUs has; 0 of any other network.
     """
 
     n_params: int
@@ -135,7 +135,7 @@ class NetworkCost:
     layers: int
     outputs: tuple[int, ...]
     loops: bool
-    chain: bool
+    chain_outputs: int
 
 
 @cache
@@ -160,7 +160,7 @@ def network_cost(settings: tuple[tuple[str, Any], ...], input_shape: tuple[int, 
         layers=sum(not list(module.children()) for module in network.modules()),
         outputs=tuple(outputs.shape[1:]),
         loops=stacked.loops(torch.device("cpu")),
-        chain=stacked.chain is not None,
+        chain_outputs=0 if stacked.chain is None else stacked.chain.n_outputs,
     )
 
 

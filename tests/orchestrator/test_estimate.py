@@ -73,7 +73,7 @@ def test_operations_of_an_mlp_are_two_for_each_weight_of_a_matrix() -> None:
     counted = network_cost(settings("mlp", width=12, depth=2), (1, 8, 8), 10)
     assert counted.flops == 2 * (64 * 12 + 12 * 12 + 12 * 10)
     assert counted.n_params == 64 * 12 + 12 * 12 + 12 * 10 + 12 + 12 + 10
-    assert not counted.loops
+    assert (counted.loops, counted.chain_outputs) == (False, 10)
 
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet18_narrow", "shake_shake", "unet", "vgg16_bn"])
@@ -96,7 +96,7 @@ def test_operations_of_convolutions_are_those_of_their_closed_form(name: str) ->
         network(torch.zeros(1, 3, 32, 32))
     counted = network_cost(settings(name), (3, 32, 32), 10)
     assert counted.flops == total
-    assert counted.loops
+    assert (counted.loops, counted.chain_outputs) == (True, 0)
 
 
 @pytest.mark.parametrize("concurrency", [1, 2, 3])
@@ -133,6 +133,7 @@ def test_every_measure_has_a_cost() -> None:
     assert measure_passes("hessian_trace", 5, 1000) == 20
     assert measure_passes("hessian_trace(max_samples=8)", 10_000, 1000) == 32
     assert measure_passes("hessian_trace", 10_000, 1000, chain_outputs=10) == 22
+    assert measure_passes("hessian_trace(max_samples=5)", 10_000, 1000, chain_outputs=10) == 20
     assert measure_passes("lpf(subset=100)", 10_000, 1000) == passes["lpf"] / 10
 
 

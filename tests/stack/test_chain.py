@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from flatmin.optimizers.interface import HessianProduct
 from flatmin.stack import Batch, StackedNetwork, Streams
 from flatmin.stack.chain import Chain
-from flatmin.stack.curvature import AlongChain
 from flatmin.stack.streams import dropout_mask
 from flatmin.trainables.forward import Forward, Gradient, Part
 from flatmin.trainables.ranks import Ranks
@@ -89,36 +90,6 @@ def test_gradients_and_products_are_autograds(
         for v, ours in zip(vectors, products, strict=True):
             hvp = torch.autograd.grad(flat_grad @ v[k], own, retain_graph=True)
             torch.testing.assert_close(ours[k], torch.cat([h.reshape(-1) for h in hvp]), rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("loss", [functional.cross_entropy, functional.mse_loss, functional.huber_loss])
-@pytest.mark.parametrize("layers", [flat, deep, dropped])
-def test_the_diagonal_is_the_dense_hessians(
-    layers: Callable[[], list[nn.Module]], loss: Callable[..., Tensor], seed: int
-) -> None:
-    torch.manual_seed(seed)
-    modules: list[nn.Module] = [nn.Sequential(*layers()).double().eval() for _ in range(K)]
-    chain, x = Chain.of(modules[0]), torch.randn(K, EXAMPLES, 6, dtype=torch.float64)
-    y = torch.randint(0, CLASSES, (K, EXAMPLES))
-    if loss is not functional.cross_entropy:
-        y = 2 * torch.randn(K, EXAMPLES, CLASSES, dtype=torch.float64)
-    assert chain is not None
-    params, _ = StackedNetwork.stack(modules)
-
-    def losses(outputs: Tensor) -> Tensor:
-        return torch.stack([loss(*own) for own in zip(outputs, y, strict=True)])
-
-    found = AlongChain(chain, params, x, losses)
-    diagonal = found.diagonal()
-    assert found.outputs == CLASSES
-    for k, module in enumerate(modules):
-        own = list(module.parameters())
-        grads = torch.autograd.grad(loss(module(x[k]), y[k]), own, create_graph=True)
-        flat_grad = torch.cat([g.reshape(-1) for g in grads])
-        rows = [torch.autograd.grad(g, own, retain_graph=True, materialize_grads=True) for g in flat_grad]
-        dense = torch.stack([torch.cat([h.reshape(-1) for h in row]) for row in rows])
-        torch.testing.assert_close(diagonal[k], dense.diagonal(), rtol=1e-10, atol=1e-14)
 
 
 def test_a_part_of_a_batch_draws_what_it_draws_in_the_whole() -> None:
@@ -197,10 +168,26 @@ def _tied() -> nn.Module:
     return module
 
 
+def _pruned() -> nn.Module:
+    """A layer whose weight is registered behind its bias, of one input, so that the two have as many numbers."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(6, 1), nn.ReLU(), nn.Linear(1, CLASSES))
+    prune.random_unstructured(module[3], "weight", 0.5)  # type: ignore[no-untyped-call]
+    prune.remove(module[3], "weight")  # type: ignore[no-untyped-call]
+    return module
+
+
+def _bent() -> nn.Module:
+    module = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+    module[0].forward = MethodType(lambda self, x: nn.Linear.forward(self, x).tanh(), module[0])
+    return module
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "a subclass": lambda: nn.Sequential(_Shifted(6, CLASSES)),
     "a frozen bias": _frozen,
     "a hook": _hooked,
+    "a weight behind its bias": _pruned,
+    "a forward of its own": _bent,
     "a layer twice": _twice,
     "tied weights": _tied,
     "another activation": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, CLASSES)),

@@ -34,7 +34,8 @@ class Recorded:
             return torch.zeros_like(v)
         with torch.enable_grad():  # v as an argument of grad makes torch load sympy, which takes a second
             along = (self._gradient * v).sum()
-        found: Tensor = torch.autograd.grad(along, self._leaf, retain_graph=True)[0]
+        # the gradient may depend on anything but the leaf, such as a parameter of the loss
+        (found,) = torch.autograd.grad(along, self._leaf, retain_graph=True, allow_unused=True, materialize_grads=True)
         return found
 
 
@@ -51,7 +52,6 @@ class AlongChain:
     Attributes:
         losses: Each model's loss, `[K]`.
         gradient: Their gradients, `[K, d]`.
-        outputs: How many outputs a network has.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class AlongChain:
     ) -> None:
         self._chain, self._there = chain, chain.forward(params, x, streams)
         outputs = self._there.outputs.requires_grad_()
-        self.outputs = outputs.shape[2]
         with torch.enable_grad():
             self._of_outputs = Recorded(losses(outputs), outputs)
         self.losses = self._of_outputs.losses
@@ -75,5 +74,5 @@ class AlongChain:
         return self._chain.product(self._there, self._slopes, self._of_outputs.product, v)
 
     def diagonal(self) -> Tensor:
-        """Return the diagonals of the Hessians of the losses, `[K, d]`; they take one product for each class."""
+        """Return the diagonals of the Hessians of the losses, `[K, d]`; they take a product for each output."""
         return self._chain.diagonal(self._there, self._of_outputs.product)

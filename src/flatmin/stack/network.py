@@ -158,7 +158,7 @@ class StackedNetwork:
                 numbers of its own, or vmap was asked for and refuses it.
         """
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            along = self.along_chain(batch)
+            along = self.along_chain(batch, len(params))
             if along is not None:
                 chain, x = along
                 return chain.forward(params, x, streams).outputs if train else chain.outputs(params, x)
@@ -174,9 +174,9 @@ class StackedNetwork:
                 buffers[name].copy_(value.detach())
         return outputs
 
-    def along_chain(self, batch: Batch) -> tuple[Chain, Tensor] | None:
+    def along_chain(self, batch: Batch, models: int) -> tuple[Chain, Tensor] | None:
         """Return the chain that the network is and examples `[K, b, ...]` as it takes them, or None if it does not."""
-        x = batch.x.expand(len(batch.y), *batch.x.shape) if batch.shared else batch.x
+        x = batch.x.expand(models, *batch.x.shape) if batch.shared else batch.x
         return None if self.chain is None or not self.chain.takes(x) else (self.chain, x)
 
     def _forward(self, first: int | None) -> _OneModel:
