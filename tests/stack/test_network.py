@@ -26,6 +26,41 @@ def batch() -> Batch:
     return Batch(x, torch.randint(0, 4, (3, 10), generator=generator))
 
 
+def repeated() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    return nn.Sequential(nn.Linear(72, 6), layer, nn.Tanh(), layer, nn.Linear(6, 4))
+
+
+def tied() -> nn.Module:
+    module = nn.Sequential(nn.Linear(72, 6), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 4))
+    module[3].weight = module[1].weight
+    module.append(nn.BatchNorm1d(4)).append(nn.BatchNorm1d(4))
+    module[6].running_mean = module[5].running_mean
+    return module
+
+
+@pytest.mark.parametrize("vectorize", ["vmap", "loop"])
+@pytest.mark.parametrize("layers", [repeated, tied])
+def test_layers_that_run_twice_and_weights_of_two_layers_are_one(batch: Batch, vectorize: Any, layers: Any) -> None:
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Flatten(), layers()).double().eval() for _ in range(3)]
+    params, buffers = StackedNetwork.stack(modules)
+    network = StackedNetwork(modules[0], vectorize)
+    before = [tensor.clone() for tensor in network.template.state_dict().values()]
+    leaf = params.clone().requires_grad_()
+    losses = network.losses(leaf, buffers, batch)
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    for k, module in enumerate(modules):
+        loss = functional.cross_entropy(module(batch.x[k]), batch.y[k])
+        grads = torch.autograd.grad(loss, list(module.parameters()))
+        torch.testing.assert_close(losses[k], loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(grad[k], torch.cat([g.reshape(-1) for g in grads]), rtol=1e-10, atol=1e-14)
+        copied = network.module(params, buffers, k).eval()
+        torch.testing.assert_close(copied(batch.x[k]), module(batch.x[k]), rtol=1e-12, atol=1e-14)
+    left = list(network.template.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(before, left, strict=True)), "nothing stays in the template"
+
+
 @pytest.mark.parametrize("vectorize", ["vmap", "loop"])
 @pytest.mark.parametrize("train", [True, False])
 def test_losses_gradients_and_hessian_products_are_each_models_own(batch: Batch, vectorize: Any, train: bool) -> None:

@@ -91,6 +91,7 @@ class StackedNetwork:
         self.shapes = [tuple(parameter.shape) for parameter in named.values()]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.n_params = sum(self.sizes)
+        self._aliases = _aliases(self.template)
         self.vectorize = vectorize
         self.channels_last = channels_last
         self.chain = Chain.of(self.template) if vectorize == "auto" else None
@@ -127,11 +128,13 @@ class StackedNetwork:
 
     def module(self, params: Tensor, buffers: Buffers, k: int) -> nn.Module:
         """Return model `k` as a module of its own."""
-        module = copy.deepcopy(self.template)
-        state = {name: view[0].clone() for name, view in self.views(params.detach()[k : k + 1]).items()}
-        state.update({name: buffer[k].clone() for name, buffer in buffers.items()})
-        module.load_state_dict(state)
-        return module.to(device=params.device, dtype=params.dtype)
+        module = copy.deepcopy(self.template).to(device=params.device, dtype=params.dtype)
+        own = {name: view[0] for name, view in self.views(params.detach()[k : k + 1]).items()}
+        own |= {name: buffer[k] for name, buffer in buffers.items()}
+        with torch.no_grad():
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                tensor.copy_(own[self._aliases.get(name, name)])
+        return module
 
     def logits(
         self,
@@ -186,14 +189,17 @@ class StackedNetwork:
         """
 
         def forward(own: dict[str, Tensor], key: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            own = own | {alias: own[name] for alias, name in self._aliases.items()}
             given = dict(own)
             with nullcontext() if first is None else draws_from(key, first), weights_first(x):
-                outputs = functional_call(self.template, own, (x,))
+                # own ties what is tied: torch's way of it leaves tensors of ours in a layer that runs twice
+                outputs = functional_call(self.template, own, (x,), tie_weights=False)
             if not isinstance(outputs, Tensor):
                 raise RequestError(
                     f"the network returns {type(outputs).__name__}; it must return one tensor of outputs `[b, ...]`"
                 )
-            return outputs, {name: value for name, value in own.items() if value is not given[name]}
+            changed = {name: value for name, value in own.items() if value is not given[name]}
+            return outputs, {name: value for name, value in changed.items() if name not in self._aliases}
 
         return forward
 
@@ -270,6 +276,16 @@ class StackedNetwork:
             return self.vectorize == "loop"
         convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in self.template.modules())
         return convolutions and device.type == "cpu"
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Return the other names of tensors that several layers hold, and the name that each goes by."""
+    first = {id(tensor): name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    found: dict[str, str] = {}
+    for path, part in module.named_modules():
+        own = [*part.named_parameters(path, False, False), *part.named_buffers(path, False, False)]
+        found |= {name: first[id(tensor)] for name, tensor in own if name != first[id(tensor)]}
+    return found
 
 
 def _check_built(module: nn.Module) -> None:

@@ -108,7 +108,11 @@ def _pieces(count: int, device: torch.device) -> Iterator[tuple[int, int]]:
 
 def bits_at(key: Tensor, index: Tensor) -> Tensor:
     """Return 64 random bits for every index of a stream, as int64."""
-    return _mix(_mix(key) + (index + 1) * _GOLDEN)
+    place = index + 1
+    if torch.compiler.is_compiling():
+        # or the constant goes into the bounds of a loop in C++, where nothing may overflow: it wrote out of its memory
+        place = place & (2**63 - 1)
+    return _mix(_mix(key) + place * _GOLDEN)
 
 
 def _bits_between(key: Tensor, start: int, stop: int) -> Tensor:
