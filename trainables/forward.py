@@ -15,6 +15,7 @@ from torch import Tensor
 from flatmin.errors import RequestError
 from flatmin.optimizers.interface import HessianProduct
 from flatmin.stack import Batch, StackedNetwork, Streams
+from flatmin.stack.chain import Chain
 from flatmin.stack.curvature import AlongChain, Recorded
 from flatmin.trainables.ranks import Ranks
 from flatmin.trainables.tasks import Objective
@@ -83,11 +84,15 @@ class Forward:
 
     def with_product(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Gradient, HessianProduct]:
         """Return what `gradient` does, and products with the Hessians of the same losses."""
-        if self._written_out(part.batch):
-            return self._products_along_chain(params, buffers, part)
-        leaf = params.detach().requires_grad_()
-        losses, moved = self._pass(leaf, buffers, _tensors(part), *_fixed(part))
-        found = Recorded(losses, leaf)
+        along, moved = self._along_chain(part.batch, len(params)), buffers
+        found: AlongChain | Recorded
+        if along is not None:
+            chain, x = along
+            found = AlongChain(chain, params, x, lambda outputs: self._losses(outputs, part), part.streams)
+        else:
+            leaf = params.detach().requires_grad_()
+            losses, moved = self._pass(leaf, buffers, _tensors(part), *_fixed(part))
+            found = Recorded(losses, leaf)
         return (found.losses, found.gradient, moved), found.product
 
     def gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
@@ -103,8 +108,13 @@ class Forward:
         return self._graphs[key](tensors)
 
     def _gradient(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
-        if self._written_out(part.batch):
-            return self._along_chain(params, buffers, part)
+        along = self._along_chain(part.batch, len(params))
+        if along is not None:
+            chain, x = along
+            there = chain.forward(params, x, part.streams)
+            own, slopes = self.objective.slopes(there.outputs, part.batch.y, part.smoothing)
+            grad, _ = chain.backward(there, slopes / part.total[:, None, None])
+            return own.sum(dim=1) / part.total, grad, buffers
         if len(params) > 1 and self.network.loops(params.device) and not self._compiled:
             return self._one_by_one(params, buffers, part)
         leaf = params.detach().requires_grad_()
@@ -123,28 +133,12 @@ class Forward:
             moved.append(after)
         return torch.cat(losses), grad, {name: torch.cat([own[name] for own in moved]) for name in buffers}
 
-    def _written_out(self, batch: Batch) -> bool:
-        """Return whether derivatives are written out rather than recorded."""
-        chain = None if self._bf16 or self._compiled or batch.shared else self.network.chain
-        return chain is not None and chain.takes(batch.x)
+    def _along_chain(self, batch: Batch, models: int) -> tuple[Chain, Tensor] | None:
+        """Return the chain that the network is and its examples, where derivatives are written out, not recorded."""
+        return None if self._bf16 or self._compiled else self.network.along_chain(batch, models)
 
-    def _along_chain(self, params: Tensor, buffers: Buffers, part: Part) -> Gradient:
-        chain = self.network.chain
-        assert chain is not None
-        there = chain.forward(params, part.batch.x, part.streams)
-        losses, slopes = self.objective.slopes(there.outputs, part.batch.y, part.smoothing)
-        grad, _ = chain.backward(there, slopes / part.total[:, None, None])
-        return losses.sum(dim=1) / part.total, grad, buffers
-
-    def _products_along_chain(self, params: Tensor, buffers: Buffers, part: Part) -> tuple[Gradient, HessianProduct]:
-        chain = self.network.chain
-        assert chain is not None
-
-        def losses(outputs: Tensor) -> Tensor:
-            return self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
-
-        found = AlongChain(chain, params, part.batch.x, losses, part.streams)
-        return (found.losses, found.gradient, buffers), found.product
+    def _losses(self, outputs: Tensor, part: Part) -> Tensor:
+        return self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
 
     def _pass(
         self, params: Tensor, buffers: Buffers, given: Tensors, first: int, shared: bool
@@ -154,7 +148,7 @@ class Forward:
         moved = {name: buffer.clone() for name, buffer in buffers.items()}
         with self._autocast(), self.ranks.batch_norm():
             outputs = self.network.logits(params, moved, part.batch, train=True, streams=part.streams)
-            losses = self.objective.losses(outputs, part.batch.y, part.smoothing).sum(dim=1) / part.total
+            losses = self._losses(outputs, part)
         return losses, moved
 
     def _autocast(self) -> AbstractContextManager[Any]:

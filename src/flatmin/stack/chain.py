@@ -31,7 +31,6 @@ _FEW_OUTPUTS = 20
 """On a CPU a product of matrices with so few columns is up to twice as fast turned over, with so few rows: 10 of them
 by 2 times, 20 by 1.2, 32 no longer (one core of an EPYC with AVX-512, batches of 32 and 128, widths 48 to 192)."""
 
-
 _CACHED_NUMBERS = 2**18
 """Numbers that stay in the cache of a CPU's core: 1 MiB of fp32."""
 
